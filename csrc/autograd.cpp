@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// fastrnn::rnn: checks, layout, and one autograd node around rnn_forward and rnn_backward. The
+// second derivative is taken through PyTorch's own differentiable loop over the same arguments.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/rnn_relu.h>
+#include <ATen/ops/rnn_tanh.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "rnn.h"
+
+namespace fastrnn {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+}
+
+/// The user's call, arguments checked, without autograd.
+ForwardResult forward_in_user_layout(const Tensor& input, const OptionalTensor& hx,
+                                     at::TensorList weights, const OptionalTensor& batch_sizes,
+                                     const RnnOptions& options, bool batch_first, bool keep) {
+  const bool packed = batch_sizes.has_value(), unbatched = !packed && input.dim() == 2;
+  const OptionalTensor hx3 = hx.has_value() && unbatched ? hx->unsqueeze(1) : hx;
+  auto [output, h_n, layer_outputs] =
+      rnn_forward(to_time_major(input, packed, batch_first), hx3, weights, batch_sizes, options,
+                  keep);
+  return {from_time_major(output, packed, unbatched, batch_first),
+          unbatched ? h_n.squeeze(1) : h_n, std::move(layer_outputs)};
+}
+
+/// What the node remembers besides tensors.
+RnnOptions options_of(const AutogradContext& ctx) {
+  const auto& saved = ctx.saved_data;
+  return {saved.at("nonlinearity").toStringView(), saved.at("bias").toBool(),
+          saved.at("num_layers").toInt(), saved.at("bidirectional").toBool()};
+}
+
+/// The saved tensors by name. `participants` are input, hx (may be undefined) and the weights, in
+/// the order of the node's inputs.
+struct Saved {
+  variable_list participants;
+  OptionalTensor batch_sizes;
+  variable_list layer_outputs;
+  bool batch_first;
+
+  explicit Saved(AutogradContext* ctx) : batch_first(ctx->saved_data.at("batch_first").toBool()) {
+    variable_list all = ctx->get_saved_variables();
+    const size_t count = ctx->saved_data.at("weights").toInt() + 2;
+    participants.assign(all.begin(), all.begin() + count);
+    batch_sizes = optional(all[count]);
+    layer_outputs.assign(all.begin() + count + 1, all.end());
+  }
+  bool packed() const { return batch_sizes.has_value(); }
+  bool unbatched() const { return !packed() && participants[0].dim() == 2; }
+};
+
+/// First derivative: the hand-written backward.
+variable_list fused_backward(const Saved& saved, const RnnOptions& options,
+                             const variable_list& grads, const std::vector<bool>& needs) {
+  const bool packed = saved.packed(), unbatched = saved.unbatched();
+  const auto time_major = [&](const Tensor& t) {
+    return t.defined() ? OptionalTensor(to_time_major(t, packed, saved.batch_first))
+                       : OptionalTensor();
+  };
+  const auto with_batch = [&](const Tensor& t) {
+    return t.defined() && unbatched ? OptionalTensor(t.unsqueeze(1)) : optional(t);
+  };
+  const Tensor &input = saved.participants[0], &hx = saved.participants[1];
+  const at::TensorList weights(saved.participants.data() + 2, saved.participants.size() - 2);
+  auto [grad_input, grad_hx, grad_weights] = rnn_backward(
+      time_major(grads[0]), with_batch(grads[1]), *time_major(input), with_batch(hx), weights,
+      saved.batch_sizes, saved.layer_outputs, options, needs);
+
+  variable_list result(needs.size());
+  if (needs[0])
+    result[0] = from_time_major(grad_input, packed, unbatched, saved.batch_first);
+  if (needs[1]) result[1] = unbatched ? grad_hx.squeeze(1) : grad_hx;
+  for (size_t i = 2; i < needs.size(); ++i)
+    if (needs[i]) result[i] = grad_weights[i - 2];
+  return result;
+}
+
+/// The derivative as a differentiable function: the forward again, by PyTorch's loop, then its
+/// gradient with create_graph. Views stand for the participants, so that a weight which is a
+/// function of another (tied, parametrized) gets its own gradient and no more.
+variable_list differentiable_backward(const Saved& saved, const RnnOptions& options,
+                                      const variable_list& grads, const std::vector<bool>& needs) {
+  variable_list views;
+  for (const Tensor& t : saved.participants)
+    views.push_back(t.defined() ? t.view_as(t) : t);
+  const bool unbatched = saved.unbatched();
+  const bool batch_first = saved.batch_first && !unbatched;
+  const Tensor input = unbatched ? views[0].unsqueeze(1) : views[0];
+  const std::vector<Tensor> weights(views.begin() + 2, views.end());
+  Tensor hx = views[1];
+  if (!hx.defined()) {
+    const int64_t batch = saved.packed() ? saved.batch_sizes->select(0, 0).item<int64_t>()
+                                         : input.size(batch_first ? 0 : 1);
+    hx = at::zeros({options.num_layers * options.directions(), batch, weights[1].size(1)},
+                   input.options());
+  } else if (unbatched) {
+    hx = hx.unsqueeze(1);
+  }
+  const auto loop = [&](auto padded, auto packed) {
+    return saved.packed() ? packed(input, *saved.batch_sizes, hx, weights, options.bias,
+                                   options.num_layers, 0.0, false, options.bidirectional)
+                          : padded(input, hx, weights, options.bias, options.num_layers, 0.0,
+                                   false, options.bidirectional, batch_first);
+  };
+  using Padded = std::tuple<Tensor, Tensor> (*)(const Tensor&, const Tensor&, at::TensorList, bool,
+                                                int64_t, double, bool, bool, bool);
+  using Packed = std::tuple<Tensor, Tensor> (*)(const Tensor&, const Tensor&, const Tensor&,
+                                                at::TensorList, bool, int64_t, double, bool, bool);
+  auto [output, h_n] =
+      options.nonlinearity == "tanh"
+          ? loop(static_cast<Padded>(&at::rnn_tanh), static_cast<Packed>(&at::rnn_tanh))
+          : loop(static_cast<Padded>(&at::rnn_relu), static_cast<Packed>(&at::rnn_relu));
+  if (unbatched) {
+    output = output.squeeze(1);
+    h_n = h_n.squeeze(1);
+  }
+
+  variable_list outputs, cotangents, wanted;
+  if (grads[0].defined()) outputs.push_back(output), cotangents.push_back(grads[0]);
+  if (grads[1].defined()) outputs.push_back(h_n), cotangents.push_back(grads[1]);
+  for (size_t i = 0; i < needs.size(); ++i)
+    if (needs[i]) wanted.push_back(views[i]);
+  const variable_list gradients = torch::autograd::grad(
+      outputs, wanted, cotangents, /*retain_graph=*/true, /*create_graph=*/true,
+      /*allow_unused=*/true);
+  variable_list result(needs.size());
+  for (size_t i = 0, j = 0; i < needs.size(); ++i) {
+    if (!needs[i]) continue;
+    result[i] = gradients[j].defined() ? gradients[j] : at::zeros_like(views[i]);
+    ++j;
+  }
+  return result;
+}
+
+class RnnFunction : public torch::autograd::Function<RnnFunction> {
+ public:
+  static constexpr bool is_traceable = true;  // compiled autograd may trace backward
+
+  // The weights travel as separate variables: the node gets one edge for each.
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, const OptionalTensor& batch_sizes,
+                               std::string_view nonlinearity, bool bias, int64_t num_layers,
+                               bool bidirectional, bool batch_first) {
+    at::AutoDispatchBelowADInplaceOrView guard;  // the results are no views to autograd
+    const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+    auto [output, h_n, layer_outputs] =
+        forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, true);
+
+    variable_list saved{input, hx.value_or(Tensor())};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    saved.push_back(batch_sizes.value_or(Tensor()));
+    saved.insert(saved.end(), layer_outputs.begin(), layer_outputs.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["nonlinearity"] = std::string(nonlinearity);
+    ctx->saved_data["bias"] = bias;
+    ctx->saved_data["num_layers"] = num_layers;
+    ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->saved_data["batch_first"] = batch_first;
+    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
+    return {output, h_n};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx);
+    const RnnOptions options = options_of(*ctx);
+    // The node's edges: input, hx where given, the weights.
+    const bool has_hx = saved.participants[1].defined();
+    std::vector<bool> needs(saved.participants.size());
+    for (size_t i = 0, edge = 0; i < needs.size(); ++i)
+      needs[i] = i == 1 && !has_hx ? false : ctx->needs_input_grad(edge++);
+    variable_list result;
+    if (grads[0].defined() || grads[1].defined()) {
+      result = at::GradMode::is_enabled()
+                   ? differentiable_backward(saved, options, grads, needs)
+                   : fused_backward(saved, options, grads, needs);
+    } else {
+      result.resize(needs.size());
+    }
+    // One gradient per argument of forward, a list counting as its elements: batch_sizes and the
+    // five options have none.
+    result.resize(result.size() + 6);
+    return result;
+  }
+};
+
+bool any_requires_grad(const Tensor& input, const OptionalTensor& hx, at::TensorList weights) {
+  if (!at::GradMode::is_enabled()) return false;
+  if (input.requires_grad() || (hx.has_value() && hx->requires_grad())) return true;
+  for (const Tensor& w : weights)
+    if (w.requires_grad()) return true;
+  return false;
+}
+
+/// A C++ node would drop forward-mode tangents silently.
+void check_no_tangent(const Tensor& input, const OptionalTensor& hx, at::TensorList weights) {
+  bool tangent = input._fw_grad(0).defined() || (hx.has_value() && hx->_fw_grad(0).defined());
+  for (const Tensor& w : weights) tangent = tangent || w._fw_grad(0).defined();
+  TORCH_CHECK(!tangent,
+              "fastrnn::rnn has no forward-mode derivative: call fastrnn.RNN or "
+              "fastrnn.functional.rnn, which take PyTorch's own path for it.");
+}
+
+std::tuple<Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTensor& hx,
+                                        at::TensorList weights, const OptionalTensor& batch_sizes,
+                                        std::string_view nonlinearity, bool bias,
+                                        int64_t num_layers, bool bidirectional, bool batch_first) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  check_arguments(input, hx, weights, batch_sizes, options, batch_first);
+  check_no_tangent(input, hx, weights);
+  if (!any_requires_grad(input, hx, weights)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, h_n, kept] =
+        forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, false);
+    return {output, h_n};
+  }
+  auto result = RnnFunction::apply(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
+                                   bidirectional, batch_first);
+  return {result[0], result[1]};
+}
+
+/// Without the autograd keys (inference mode): the same, with nothing to record.
+std::tuple<Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTensor& hx,
+                                         at::TensorList weights, const OptionalTensor& batch_sizes,
+                                         std::string_view nonlinearity, bool bias,
+                                         int64_t num_layers, bool bidirectional,
+                                         bool batch_first) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  check_arguments(input, hx, weights, batch_sizes, options, batch_first);
+  auto [output, h_n, kept] =
+      forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, false);
+  return {output, h_n};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastrnn, Autograd, m) { m.impl("rnn", rnn_autograd); }
+TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) { m.impl("rnn", rnn_inference); }
+
+}  // namespace fastrnn

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which capability's kernels run in this process.
+#pragma once
+
+#include "recurrence.h"
+
+namespace fastrnn::cpu {
+
+/// Chosen once, at the first call, from at::get_cpu_capability(), which obeys ATEN_CPU_CAPABILITY.
+const Capability& capability();
+
+template <typename T>
+const Kernels<T>& kernels();
+
+}  // namespace fastrnn::cpu

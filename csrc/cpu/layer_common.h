@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What layer_forward.cpp and layer_backward.cpp share: views of tensors as the recurrence sees
+// them, packed weights, and the split of the batch over threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "dispatch.h"
+#include "layer.h"
+
+namespace fastrnn::cpu {
+
+/// The type a layer computes in: 16-bit tensors are converted, chunk by chunk, to float32.
+inline at::ScalarType compute_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline LayerShape layer_shape(const Layout& layout, const Tensor& input, int64_t H, int64_t D) {
+  const at::ScalarType type = compute_type(input.scalar_type());
+  return {layout.T,
+          layout.B,
+          input.size(-1),
+          H,
+          layout.total_rows,
+          D,
+          type == at::kDouble ? 8 : 4,
+          type != input.scalar_type()};
+}
+
+inline int64_t available_threads() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+/// Steps [begin, end) of a padded [T, B, N] or packed [N, ...] tensor, as a view.
+inline Tensor narrow_steps(const Layout& layout, const Tensor& t, int64_t begin, int64_t end) {
+  return layout.packed() ? t.narrow(0, layout.first_row[begin],
+                                    layout.first_row[end] - layout.first_row[begin])
+                         : t.narrow(0, begin, end - begin);
+}
+
+/// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is
+/// not adjacent (batch_first input).
+inline Tensor as_rows(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+
+/// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points
+/// where step 0 would be.
+template <typename T>
+Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
+  using Value = std::remove_const_t<T>;
+  if (!chunk.defined()) return {};
+  Value* data;
+  if constexpr (std::is_const_v<T>)
+    data = const_cast<Value*>(chunk.const_data_ptr<Value>());
+  else
+    data = chunk.mutable_data_ptr<Value>();
+  Sequence<T> s;
+  s.step_stride = layout.packed() ? 0 : chunk.stride(0);
+  s.row_stride = layout.packed() ? chunk.stride(0) : chunk.stride(1);
+  const int64_t before = layout.packed() ? layout.first_row[begin] * s.row_stride
+                                         : begin * s.step_stride;
+  s.data = data + column - before;
+  return s;
+}
+
+/// A [B, H] tensor whose columns are adjacent.
+template <typename T>
+Matrix<const T> matrix_of(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {t.const_data_ptr<T>(), t.stride(0)};
+}
+
+/// `t`, in the type computed in, with adjacent columns; itself where it is so already.
+inline Tensor readable(const Tensor& t, at::ScalarType type) {
+  if (!t.defined()) return t;
+  const Tensor converted = t.scalar_type() == type ? t : t.to(type);
+  return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
+}
+
+/// Panels of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight itself.
+template <typename T>
+Tensor pack_weight(const Tensor& weight, bool transposed) {
+  const int64_t K = weight.size(transposed ? 1 : 0), N = weight.size(transposed ? 0 : 1);
+  const Tensor panels = at::empty({kernels<T>().packed_size(K, N)}, weight.options());
+  kernels<T>().pack(weight.const_data_ptr<T>(), weight.stride(transposed ? 1 : 0),
+                    weight.stride(transposed ? 0 : 1), K, N, panels.mutable_data_ptr<T>());
+  return panels;
+}
+
+/// Calls body(direction, row_begin, row_end) for every direction and part of the batch, side by
+/// side. Parts get equal numbers of rows x steps, so that long packed sequences share evenly.
+template <typename Body>
+void for_each_part(const Layout& layout, const Plan& plan, int64_t directions, const Body& body) {
+  std::vector<int64_t> bounds{0};
+  if (layout.packed() && plan.row_blocks > 1) {
+    int64_t t = layout.T, done = 0;
+    for (int64_t b = 0; b < layout.B; ++b) {
+      while (layout.batch_sizes[t - 1] <= b) --t;  // t: length of sequence b
+      done += t;
+      const int64_t next = static_cast<int64_t>(bounds.size());
+      if (next < plan.row_blocks && done * plan.row_blocks >= next * layout.total_rows)
+        bounds.push_back(b + 1);
+    }
+  } else {
+    for (int64_t i = 1; i < plan.row_blocks; ++i)
+      bounds.push_back(layout.B * i / plan.row_blocks);
+  }
+  bounds.push_back(layout.B);
+  const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1;
+  const int64_t parts = blocks * directions;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i / blocks, bounds[i % blocks], bounds[i % blocks + 1]);
+  };
+  if (parts == 1 || available_threads() == 1 || !plan.parallel)
+    run(0, parts);
+  else
+    at::parallel_for(0, parts, 1, run);
+}
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Torch-free contract of the CPU recurrence. One loop serves forward and backward:
+//
+//   s_t = f( addends_t + x_t * W_x + s_{t-1} * M )
+//
+// The body lives in recurrence.inl and is compiled once per CPU capability (recurrence_*.cpp);
+// dispatch.cpp chooses a table of kernels once per process. Includes no torch header, so that code
+// compiled for a wide instruction set can never leak into functions shared with other files.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn::cpu {
+
+enum class Activation { kTanh, kRelu };
+
+/// The rows of one step, read or written in place: element (row, column) is
+/// data[row * row_stride + column]. A null `data` means the matrix is absent.
+template <typename T>
+struct Matrix {
+  T* data = nullptr;
+  int64_t row_stride = 0;
+};
+
+/// A [T, B, N] sequence read or written in place, time-major or not. Row b of step t starts at
+/// data + t * step_stride + b * row_stride; in packed data (Steps::first_row set) at
+/// data + (first_row[t] + b) * row_stride. Columns are adjacent.
+template <typename T>
+struct Sequence {
+  T* data = nullptr;
+  int64_t step_stride = 0;
+  int64_t row_stride = 0;
+};
+
+/// Which rows are alive at which step. Rows are sorted by length: a step's rows are a prefix.
+struct Steps {
+  int64_t begin = 0;  // steps [begin, end) are walked ...
+  int64_t end = 0;
+  bool descending = false;               // ... upwards, or downwards from end - 1
+  int64_t batch = 0;                     // rows of every step of padded data
+  const int64_t* batch_sizes = nullptr;  // packed: rows of step t, not increasing; else null
+  const int64_t* first_row = nullptr;    // packed: sum of batch_sizes before step t; else null
+  // State that enters the first walked step: `carry_rows` rows of it, 0 at the sequence's start.
+  int64_t carry_rows = 0;
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+};
+
+/// Forward of one layer and direction for rows [row_begin, row_end):
+///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
+/// All panels come from `pack`. Nothing is allocated; only y is written.
+template <typename T>
+struct ForwardArgs {
+  Steps steps;
+  int64_t row_begin = 0, row_end = 0;
+  int64_t I = 0, H = 0;
+  Activation activation = Activation::kTanh;
+  Sequence<const T> x;             // [T, B, I]; null: y already holds x * W_ih^T + bias
+  const T* w_ih_panels = nullptr;  // pack of W_ih^T [I, H], read only with x
+  const T* w_hh_panels = nullptr;  // pack of W_hh^T [H, H]
+  const T* bias = nullptr;         // [padded_columns(H)], zero padded; null: no bias; only with x
+  Matrix<const T> hx;              // [B, H] state of a row at its first step; null: zeros
+  Matrix<const T> carry;           // [carry_rows, H] state before the first walked step
+  Sequence<T> y;                   // [T, B, H] out
+};
+
+/// Backward of one layer and direction, walking against the forward's time:
+///   delta_t = ( grad_y_t + delta_{t+1} * W_hh ) * f'(y_t),    f' from y_t alone
+/// where the row's last step gets grad_h_n in place of the product.
+template <typename T>
+struct BackwardArgs {
+  Steps steps;
+  int64_t row_begin = 0, row_end = 0;
+  int64_t H = 0;
+  Activation activation = Activation::kTanh;
+  const T* w_hh_panels = nullptr;  // pack of W_hh [H, H]
+  Sequence<const T> grad_y;        // [T, B, H]; null: zeros
+  Matrix<const T> grad_h_n;        // [B, H]; null: zeros
+  Matrix<const T> carry;           // [carry_rows, H] delta of the step walked before the first
+  Sequence<const T> y;             // [T, B, H]
+  Sequence<T> delta;               // [T, B, H] out
+};
+
+/// The kernels of one capability and one scalar type. All are safe to call from several threads on
+/// disjoint rows.
+template <typename T>
+struct Kernels {
+  /// Elements that `pack` writes for a [K, N] matrix, and N rounded up to whole vectors.
+  int64_t (*packed_size)(int64_t K, int64_t N);
+  int64_t (*padded_columns)(int64_t N);
+  /// Copies the [K, N] matrix whose element (k, n) is source[k * k_stride + n * n_stride] into
+  /// register-tile panels [panel][K][panel width], tail columns filled with zeros.
+  void (*pack)(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N,
+               T* panels);
+  void (*forward)(const ForwardArgs<T>& args);
+  void (*backward)(const BackwardArgs<T>& args);
+};
+
+/// One capability's tables.
+struct Capability {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const Capability& default_capability();
+#if defined(__x86_64__)
+const Capability& avx2_capability();
+const Capability& avx512_capability();
+#endif
+
+}  // namespace fastrnn::cpu

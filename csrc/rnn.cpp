@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Argument checks, worded as nn.RNN words them, and the calls through the dispatcher. What is
+// checked here is only asserted further down.
+#include "rnn.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/SymInt.h>
+#include <torch/library.h>
+
+#include <string>
+
+namespace fastrnn {
+
+namespace {
+
+/// "torch.float32": Python's name of a dtype.
+std::string dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kChar:
+      return "torch.int8";
+    case at::kShort:
+      return "torch.int16";
+    case at::kInt:
+      return "torch.int32";
+    case at::kLong:
+      return "torch.int64";
+    case at::kBool:
+      return "torch.bool";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    case at::kComplexDouble:
+      return "torch.complex128";
+    default:
+      return c10::toString(type);
+  }
+}
+
+/// The tensor method that converts to `type`, as a user writes it.
+std::string cast_method(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return ".float()";
+    case at::kDouble:
+      return ".double()";
+    case at::kHalf:
+      return ".half()";
+    case at::kBFloat16:
+      return ".bfloat16()";
+    default:
+      return ".to(" + dtype_name(type) + ")";
+  }
+}
+
+void check_input_dtype(const Tensor& input, const Tensor& weight) {
+  const at::ScalarType given = input.scalar_type(), wanted = weight.scalar_type();
+  if (given == wanted) return;
+  // Autocast has had its turn: it leaves float64 and integers alone, where nn.RNN's matrix product
+  // fails.
+  TORCH_CHECK(!at::autocast::is_autocast_enabled(input.device().type()),
+              "mat1 and mat2 must have the same dtype, but got ", c10::toString(given), " and ",
+              c10::toString(wanted), ". Autocast does not convert a ", dtype_name(given),
+              " input: pass input", cast_method(wanted), ".");
+  TORCH_CHECK_VALUE(false, "RNN input dtype (", dtype_name(given),
+                    ") does not match weight dtype (", dtype_name(wanted),
+                    "). Convert input: input.to(", dtype_name(wanted),
+                    "), or convert model: model.to(", dtype_name(given), ")",
+                    at::isFloatingType(given) || at::isComplexType(given)
+                        ? ". "
+                        : ". A model cannot have integer weights, so convert the input. ",
+                    "The input is ", c10::toString(given), ", the weights are ",
+                    c10::toString(wanted), ": pass input", cast_method(wanted), ".");
+}
+
+/// hx [L*D, B, H], or [L*D, H] for unbatched input.
+void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batch,
+                  const RnnOptions& options, const c10::SymInt& hidden_size, bool unbatched,
+                  bool batch_first) {
+  const int64_t rows = options.num_layers * options.directions();
+  auto sizes = hx.sym_sizes().vec();
+  if (unbatched) sizes.insert(sizes.begin() + 1, 1);
+  if (!(sizes[0] == rows && sizes[1] == batch && sizes[2] == hidden_size)) {
+    TORCH_CHECK(
+        false, "Expected hidden size (", rows, ", ", batch, ", ", hidden_size, "), got ",
+        c10::SymIntArrayRef(sizes),
+        unbatched ? ". For this unbatched input hx must be (num_layers * num_directions, "
+                    "hidden_size) = ("
+                  : ". For this input hx must be (num_layers * num_directions, batch, "
+                    "hidden_size) = (",
+        rows, unbatched ? "" : ", ", unbatched ? std::string() : c10::str(batch), ", ", hidden_size,
+        ")", batch_first ? ", also with batch_first=True, which applies to input and output only"
+                         : "",
+        ". hx was ", c10::SymIntArrayRef(hx.sym_sizes()), ".");
+  }
+  TORCH_CHECK(hx.scalar_type() == input.scalar_type(),
+              "mat1 and mat2 must have the same dtype, but got ", c10::toString(hx.scalar_type()),
+              " and ", c10::toString(input.scalar_type()), ". The initial hidden state hx is ",
+              dtype_name(hx.scalar_type()), ", input and weights are ",
+              dtype_name(input.scalar_type()), ": pass hx", cast_method(input.scalar_type()), ".");
+}
+
+void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input) {
+  TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
+              c10::toString(batch_sizes.scalar_type()),
+              ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
+  TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu(),
+              "batch_sizes must be a 1-D CPU tensor, as pack_padded_sequence makes it");
+  const Tensor sizes = batch_sizes.contiguous();
+  const int64_t* n = sizes.const_data_ptr<int64_t>();
+  const int64_t steps = sizes.numel();
+  int64_t rows = 0;
+  for (int64_t t = 0; t < steps; ++t) {
+    TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
+                "batch_sizes must be positive and must not grow, got ", n[t], " at step ", t,
+                ": sequences are sorted by decreasing length, as pack_padded_sequence does.");
+    TORCH_CHECK(rows + n[t] <= input.size(0), "start (", rows, ") + length (", n[t],
+                ") exceeds dimension size (", input.size(0),
+                "). The packed data has fewer rows than the sum of batch_sizes.");
+    rows += n[t];
+  }
+  // nn.RNN ignores surplus rows in one direction and shifts the other by them: silent nonsense.
+  TORCH_CHECK(rows == input.size(0), "the packed data has ", input.size(0),
+              " rows, but batch_sizes add up to ", rows, ": drop the surplus rows.");
+}
+
+void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions& options,
+                   const c10::SymInt& hidden_size) {
+  const Tensor& first = weights[0];
+  for (int64_t layer = 0; layer < options.num_layers; ++layer) {
+    for (int64_t direction = 0; direction < options.directions(); ++direction) {
+      const int64_t start =
+          (layer * options.directions() + direction) * options.weights_per_cell();
+      const c10::SymInt input_size =
+          layer == 0 ? first.sym_size(1) : hidden_size * options.directions();
+      for (int64_t i = 0; i < options.weights_per_cell(); ++i) {
+        const Tensor& w = weights[start + i];
+        TORCH_CHECK_TYPE(w.defined(), "expected Tensor as element ", start + i,
+                         " in argument 2, but got NoneType");
+        const bool right = i < 2 ? w.dim() == 2 && w.sym_size(0) == hidden_size &&
+                                       w.sym_size(1) == (i == 0 ? input_size : hidden_size)
+                                 : w.dim() == 1 && w.sym_size(0) == hidden_size;
+        TORCH_CHECK(right, "weight ", start + i, " (layer ", layer, ", direction ", direction,
+                    ") has shape ", w.sym_sizes(), ", expected ", i < 2 ? "(" : "", hidden_size,
+                    i < 2 ? ", " : "", i == 0 ? c10::str(input_size) : i == 1 ? c10::str(hidden_size) : "",
+                    i < 2 ? ")" : "",
+                    " for w_ih (H, I), w_hh (H, H), b_ih (H) and b_hh (H).");
+        TORCH_CHECK(w.device() == input.device(),
+                    "Input and parameter tensors are not at the same device, found input tensor "
+                    "at ",
+                    input.device(), " and parameter tensor at ", w.device(),
+                    ". Move one: input.to(", w.device(), ") or model.to(", input.device(), ").");
+        TORCH_CHECK(w.scalar_type() == first.scalar_type(),
+                    "mat1 and mat2 must have the same dtype, but got ",
+                    c10::toString(first.scalar_type()), " and ", c10::toString(w.scalar_type()),
+                    ". Weight ", start + i, " differs in dtype from the first: use model.to(",
+                    dtype_name(first.scalar_type()), ").");
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
+  const auto* w =
+      &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
+  return options.bias ? Cell{w[0], w[1], w[2], w[3]} : Cell{w[0], w[1], Tensor(), Tensor()};
+}
+
+void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                     const OptionalTensor& batch_sizes, const RnnOptions& options,
+                     bool batch_first) {
+  const bool packed = batch_sizes.has_value(), unbatched = !packed && input.dim() == 2;
+  TORCH_CHECK_VALUE(options.nonlinearity == "tanh" || options.nonlinearity == "relu",
+                    "Unknown nonlinearity '", options.nonlinearity,
+                    "'. Select from 'tanh' or 'relu'.");
+  TORCH_CHECK_VALUE(options.num_layers > 0, "num_layers must be greater than zero");
+  if (packed) {
+    TORCH_CHECK_INDEX(batch_sizes->numel() > 0,
+                      "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
+  } else {
+    TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3,
+                      "RNN: Expected input to be 2D or 3D, got ", input.dim(),
+                      "D tensor instead. Use (T, I) for one sequence, ",
+                      batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
+    if (hx.has_value()) {
+      TORCH_CHECK(hx->dim() == input.dim(), "For ", unbatched ? "unbatched 2-D" : "batched 3-D",
+                  " input, hx should also be ", input.dim(), "-D but got ", hx->dim(),
+                  "-D tensor. Its layout is (num_layers * num_directions, ",
+                  unbatched ? "" : "batch, ", "hidden_size).");
+    }
+  }
+  const size_t expected_weights =
+      options.num_layers * options.directions() * options.weights_per_cell();
+  TORCH_CHECK(weights.size() >= expected_weights, "Expected more weights in stacked_rnn: got ",
+              weights.size(), ", but num_layers=", options.num_layers, ", bias=", options.bias,
+              ", bidirectional=", options.bidirectional, " take ", expected_weights, ".");
+  TORCH_CHECK(weights.size() == expected_weights, "Expected fewer weights: got ", weights.size(),
+              ", but num_layers=", options.num_layers, ", bias=", options.bias,
+              ", bidirectional=", options.bidirectional, " take ", expected_weights, ".");
+  const Tensor &w_ih = weights[0], &w_hh = weights[1];
+  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "w_ih and w_hh must be 2-D, got ", w_ih.dim(),
+              "-D and ", w_hh.dim(), "-D");
+
+  check_input_dtype(input, w_ih);
+  if (packed) {
+    TORCH_CHECK(input.dim() == 2, "input must have 2 dimensions, got ", input.dim(),
+                ". The data of a PackedSequence is (sum of lengths, input_size).");
+  }
+  TORCH_CHECK(input.sym_size(-1) == w_ih.sym_size(1),
+              "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
+              input.sym_size(-1), ". The last dimension of input holds the features.");
+  if (packed) check_batch_sizes(*batch_sizes, input);
+  const c10::SymInt hidden_size = w_hh.sym_size(1);
+  const c10::SymInt batch = packed      ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
+                            : unbatched ? c10::SymInt(1)
+                                        : input.sym_size(batch_first ? 0 : 1);
+  if (hx.has_value()) {
+    TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
+                options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,
+                "), got ", hx->sym_sizes(), ".");
+    check_hidden(*hx, input, batch, options, hidden_size, unbatched, batch_first);
+    TORCH_CHECK(hx->device() == input.device(),
+                "Input and hidden tensors are not at the same device, found input tensor at ",
+                input.device(), " and hidden tensor at ", hx->device(), ".");
+  }
+  check_weights(input, weights, options, hidden_size);
+  TORCH_CHECK(packed || input.sym_size(unbatched || !batch_first ? 0 : 1) > 0,
+              "Expected sequence length to be larger than 0 in RNN. Drop empty sequences.");
+}
+
+Tensor to_time_major(const Tensor& input, bool packed, bool batch_first) {
+  if (packed) return input;
+  if (input.dim() == 2) return input.unsqueeze(1);
+  return batch_first ? input.transpose(0, 1) : input;
+}
+
+Tensor from_time_major(const Tensor& output, bool packed, bool unbatched, bool batch_first) {
+  if (packed) return output;
+  if (unbatched) return output.squeeze(1);
+  return batch_first ? output.transpose(0, 1) : output;
+}
+
+std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, const OptionalTensor& batch_sizes,
+                               std::string_view nonlinearity, bool bias, int64_t num_layers,
+                               bool bidirectional, bool batch_first) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
+                                               at::TensorList, const OptionalTensor&,
+                                               std::string_view, bool, int64_t, bool, bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastrnn::rnn", "")
+                             .typed<Signature>();
+  return op.call(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+                 batch_first);
+}
+
+ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                          const OptionalTensor& batch_sizes, const RnnOptions& options,
+                          bool keep) {
+  using Signature = ForwardResult(const Tensor&, const OptionalTensor&, at::TensorList,
+                                  const OptionalTensor&, std::string_view, bool, int64_t, bool,
+                                  bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastrnn::rnn_forward", "")
+                             .typed<Signature>();
+  return op.call(input, hx, weights, batch_sizes, options.nonlinearity, options.bias,
+                 options.num_layers, options.bidirectional, keep);
+}
+
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                            const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                            const RnnOptions& options, const std::vector<bool>& needs) {
+  using Signature = BackwardResult(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                   const OptionalTensor&, at::TensorList, const OptionalTensor&,
+                                   at::TensorList, std::string_view, bool, int64_t, bool,
+                                   c10::List<bool>);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastrnn::rnn_backward", "")
+                             .typed<Signature>();
+  c10::List<bool> needs_list;
+  for (const bool need : needs) needs_list.push_back(need);
+  return op.call(grad_output, grad_h_n, input, hx, weights, batch_sizes, layer_outputs,
+                 options.nonlinearity, options.bias, options.num_layers, options.bidirectional,
+                 needs_list);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The C++ face of the three operators, and what they share. Device-independent.
+//
+//   rnn           what users call: any layout of nn.RNN, checked here, differentiable
+//   rnn_forward   checked arguments, time-major or packed, no autograd: one kernel per device
+//   rnn_backward  the derivative of rnn_forward, likewise
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace fastrnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+/// What nn.RNN's constructor fixes.
+struct RnnOptions {
+  std::string_view nonlinearity;  // "tanh" or "relu"
+  bool bias = true;
+  int64_t num_layers = 1;
+  bool bidirectional = false;
+
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  int64_t weights_per_cell() const { return bias ? 4 : 2; }
+};
+
+/// One layer and direction's parameters: w_ih [H, I], w_hh [H, H], b_ih [H], b_hh [H].
+struct Cell {
+  Tensor w_ih, w_hh, b_ih, b_hh;  // biases undefined without bias
+};
+
+/// The parameters of layer `layer`, direction `direction` in nn.RNN's flat list.
+Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction);
+
+/// Raises what nn.RNN raises, its wording first, then what to change. `input` is as the user gave
+/// it: [T, I], [T, B, I], [B, T, I] with batch_first, or packed data [N, I] with batch_sizes.
+void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                     const OptionalTensor& batch_sizes, const RnnOptions& options,
+                     bool batch_first);
+
+/// output [T, B, D*H] contiguous or [N, D*H] packed; h_n [L*D, B, H]; layer_outputs: the L layers'
+/// outputs, copies that no caller can write to, empty unless `keep`.
+using ForwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+/// grad_input, grad_hx, one gradient per weight; zero elements where `needs` says no.
+using BackwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+/// The registered operators; calls go through the dispatcher.
+std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, const OptionalTensor& batch_sizes,
+                               std::string_view nonlinearity, bool bias, int64_t num_layers,
+                               bool bidirectional, bool batch_first);
+ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                          const OptionalTensor& batch_sizes, const RnnOptions& options, bool keep);
+BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                            const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                            const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                            const RnnOptions& options, const std::vector<bool>& needs);
+
+/// The user's layout -> time-major [T, B, I] and [L*D, B, H] views, and back.
+Tensor to_time_major(const Tensor& input, bool packed, bool batch_first);
+Tensor from_time_major(const Tensor& output, bool packed, bool unbatched, bool batch_first);
+
+}  // namespace fastrnn

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own path, for what the fused operators do not take.
+
+`torch.nn.RNN.forward` is run on an object that has just the attributes it reads, so that layouts,
+checks and messages are PyTorch's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import RNNBase
+
+# Bound at import: the class may later be replaced in torch.nn by fastrnn.RNN.
+_forward = torch.nn.RNN.forward
+
+
+class StockRNN:
+    """What nn.RNN.forward needs of a module: options and a flat list of weights."""
+
+    proj_size = 0
+    check_input = RNNBase.check_input
+    check_hidden_size = RNNBase.check_hidden_size
+    check_forward_args = RNNBase.check_forward_args
+    get_expected_hidden_size = RNNBase.get_expected_hidden_size
+    permute_hidden = RNNBase.permute_hidden
+
+    def __init__(self, weights: list[Tensor], **options: Any) -> None:
+        self._flat_weights = weights
+        self.mode = "RNN_RELU" if options.pop("nonlinearity") == "relu" else "RNN_TANH"
+        self.input_size = weights[0].size(-1)
+        self.hidden_size = weights[0].size(0)
+        self.__dict__.update(options)
+
+    def _update_flat_weights(self) -> None:
+        """The weights are what the caller passed."""
+
+    def __call__(self, input: Any, hx: Tensor | None) -> Any:
+        return _forward(self, input, hx)  # type: ignore[arg-type]

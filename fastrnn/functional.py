@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Elman recurrence as a function of its weights: packed or not, fused or PyTorch's own path.
+
+Arguments are checked in one place, csrc/rnn.cpp.
+"""
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import ops
+from fastrnn._stock import StockRNN
+
+_FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bool:
+    """Whether the fused operators take this call; if not, PyTorch's own path does.
+
+    They take ordinary tensors on the CPU, outside of function transforms (torch.func), forward-mode
+    derivatives, tracing, export and modes that watch every operator.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif (
+        torch.overrides.has_torch_function((input, hx, *weights))
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return False
+    if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
+        return False
+    for w in weights:
+        if w is None or not w.is_cpu:
+            return False
+    return input.layout is torch.strided and weights[0].dtype in _FUSED_DTYPES
+
+
+@overload
+def rnn(
+    input: Tensor, weights: list[Tensor], hx: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rnn(
+    input: PackedSequence, weights: list[Tensor], hx: Tensor | None = None, **options: Any
+) -> tuple[PackedSequence, Tensor]: ...
+def rnn(
+    input: Any,
+    weights: list[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+) -> tuple[Any, Tensor]:
+    r"""Apply a multi-layer Elman RNN: ``h_t = f(x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh)``.
+
+    Parameters
+    ----------
+    input : Tensor or PackedSequence
+        ``(T, B, I)``, ``(B, T, I)`` with `batch_first`, ``(T, I)`` for one sequence, or packed.
+    weights : list of Tensor
+        For each layer, then direction: ``w_ih (H, I)``, ``w_hh (H, H)`` and, with `bias`,
+        ``b_ih (H)``, ``b_hh (H)``; ``I`` is ``D*H`` above the first layer.
+    hx : Tensor, optional
+        Initial state ``(L*D, B, H)``, or ``(L*D, H)`` for one sequence. Zeros if absent.
+    nonlinearity : {'tanh', 'relu'}
+    num_layers : int
+        ``L``.
+    bias : bool
+        Whether `weights` holds biases.
+    batch_first : bool
+        Layout of `input` and `output`; `hx` and `h_n` do not change.
+    dropout : float
+        Probability of zeroing an output between layers, while `training`.
+    training : bool
+    bidirectional : bool
+        ``D`` is 2 instead of 1.
+
+    Returns
+    -------
+    output : Tensor or PackedSequence
+        Last layer's states, ``(T, B, D*H)`` in the layout of `input`.
+    h_n : Tensor
+        Every layer's final state, ``(L*D, B, H)`` or ``(L*D, H)``.
+
+    Raises
+    ------
+    ValueError
+        `input` has a wrong rank, or another dtype than the weights.
+    RuntimeError
+        A size, dtype or device does not fit.
+    """
+    tensor, batch_sizes = (input.data, input.batch_sizes) if packed(input) else (input, None)
+    if not takes_fused_path(tensor, weights, hx):
+        stock = StockRNN(
+            weights,
+            nonlinearity=nonlinearity,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            bidirectional=bidirectional,
+        )
+        return stock(input, hx)
+    if batch_sizes is not None and hx is not None and input.sorted_indices is not None:
+        hx = hx.index_select(1, input.sorted_indices)
+    run = _rnn_with_dropout if dropout > 0 and training and num_layers > 1 else _rnn
+    output, h_n = run(
+        tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+        batch_first, dropout,
+    )  # fmt: skip
+    if batch_sizes is None:
+        return output, h_n
+    if input.unsorted_indices is not None:
+        h_n = h_n.index_select(1, input.unsorted_indices)
+    return PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
+
+
+def packed(input: Any) -> bool:
+    return isinstance(input, PackedSequence)
+
+
+def _rnn(*args: Any) -> tuple[Tensor, Tensor]:
+    return ops.rnn(*args[:-1])  # type: ignore[no-any-return]
+
+
+def _rnn_with_dropout(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Layer by layer, with torch.dropout between: nn.RNN's draws, on time-major outputs."""
+    directions = 2 if bidirectional else 1
+    per_layer = len(weights) // num_layers
+    if hx is not None and hx.size(0) != num_layers * directions:
+        # Slices of it would hide what is wrong; the whole call raises it.
+        return _rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+                    batch_first, None)  # fmt: skip
+    swap = batch_first and batch_sizes is None and input.dim() == 3
+    output = input.transpose(0, 1) if swap else input
+    finals = []
+    for layer in range(num_layers):
+        if layer > 0:
+            output = torch.dropout(output, dropout, True)
+        state = None if hx is None else hx[layer * directions : (layer + 1) * directions]
+        output, h_n = ops.rnn(
+            output, state, weights[layer * per_layer : (layer + 1) * per_layer], batch_sizes,
+            nonlinearity, bias, 1, bidirectional, False,
+        )  # fmt: skip
+        finals.append(h_n)
+    return output.transpose(0, 1) if swap else output, torch.cat(finals)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handles to the C++ operators, and what PyTorch's tracers need to know of them.
+
+The schemas are in csrc/library.cpp. A fake kernel returns tensors of the right shape, strides and
+dtype without computing, so that torch.compile keeps each operator as one node of its graph.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrnn import _extension
+
+_extension.require()
+
+rnn = torch.ops.fastrnn.rnn.default
+
+
+@torch.library.register_fake("fastrnn::rnn_forward")  # type: ignore[untyped-decorator]
+def _rnn_forward_fake(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    directions = 2 if bidirectional else 1
+    hidden_size = weights[1].size(0)
+    if batch_sizes is None:
+        batch = input.size(1)
+    elif hx is not None:
+        batch = hx.size(1)
+    else:  # the number of sequences is data: known only when the graph runs
+        batch = torch.library.get_ctx().new_dynamic_size()
+    output_size = (*input.shape[:-1], directions * hidden_size)
+    output = input.new_empty(output_size)
+    h_n = input.new_empty((num_layers * directions, batch, hidden_size))
+    kept = [input.new_empty(output_size) for _ in range(num_layers)] if keep else []
+    return output, h_n, kept
+
+
+@torch.library.register_fake("fastrnn::rnn_backward")  # type: ignore[untyped-decorator]
+def _rnn_backward_fake(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    layer_outputs: list[Tensor],
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return input.new_empty(of.shape if needed and of is not None else (0,))
+
+    return (
+        gradient(input, needs[0]),
+        gradient(hx, needs[1]),
+        [gradient(w, n) for w, n in zip(weights, needs[2:], strict=True)],
+    )
