@@ -29,11 +29,10 @@ ForwardResult forward_in_user_layout(const Tensor& input, const OptionalTensor& 
                                      const RnnOptions& options, bool batch_first, bool keep) {
   const bool packed = batch_sizes.has_value(), unbatched = !packed && input.dim() == 2;
   const OptionalTensor hx3 = hx.has_value() && unbatched ? hx->unsqueeze(1) : hx;
-  auto [output, h_n, layer_outputs] =
-      rnn_forward(to_time_major(input, packed, batch_first), hx3, weights, batch_sizes, options,
-                  keep);
-  return {from_time_major(output, packed, unbatched, batch_first),
-          unbatched ? h_n.squeeze(1) : h_n, std::move(layer_outputs)};
+  auto [output, h_n, layer_outputs] = rnn_forward(to_time_major(input, packed, batch_first), hx3,
+                                                  weights, batch_sizes, options, keep);
+  return {from_time_major(output, packed, unbatched, batch_first), unbatched ? h_n.squeeze(1) : h_n,
+          std::move(layer_outputs)};
 }
 
 /// What the node remembers besides tensors.
@@ -75,13 +74,12 @@ variable_list fused_backward(const Saved& saved, const RnnOptions& options,
   };
   const Tensor &input = saved.participants[0], &hx = saved.participants[1];
   const at::TensorList weights(saved.participants.data() + 2, saved.participants.size() - 2);
-  auto [grad_input, grad_hx, grad_weights] = rnn_backward(
-      time_major(grads[0]), with_batch(grads[1]), *time_major(input), with_batch(hx), weights,
-      saved.batch_sizes, saved.layer_outputs, options, needs);
+  auto [grad_input, grad_hx, grad_weights] =
+      rnn_backward(time_major(grads[0]), with_batch(grads[1]), *time_major(input), with_batch(hx),
+                   weights, saved.batch_sizes, saved.layer_outputs, options, needs);
 
   variable_list result(needs.size());
-  if (needs[0])
-    result[0] = from_time_major(grad_input, packed, unbatched, saved.batch_first);
+  if (needs[0]) result[0] = from_time_major(grad_input, packed, unbatched, saved.batch_first);
   if (needs[1]) result[1] = unbatched ? grad_hx.squeeze(1) : grad_hx;
   for (size_t i = 2; i < needs.size(); ++i)
     if (needs[i]) result[i] = grad_weights[i - 2];
@@ -94,8 +92,7 @@ variable_list fused_backward(const Saved& saved, const RnnOptions& options,
 variable_list differentiable_backward(const Saved& saved, const RnnOptions& options,
                                       const variable_list& grads, const std::vector<bool>& needs) {
   variable_list views;
-  for (const Tensor& t : saved.participants)
-    views.push_back(t.defined() ? t.view_as(t) : t);
+  for (const Tensor& t : saved.participants) views.push_back(t.defined() ? t.view_as(t) : t);
   const bool unbatched = saved.unbatched();
   const bool batch_first = saved.batch_first && !unbatched;
   const Tensor input = unbatched ? views[0].unsqueeze(1) : views[0];
@@ -112,8 +109,8 @@ variable_list differentiable_backward(const Saved& saved, const RnnOptions& opti
   const auto loop = [&](auto padded, auto packed) {
     return saved.packed() ? packed(input, *saved.batch_sizes, hx, weights, options.bias,
                                    options.num_layers, 0.0, false, options.bidirectional)
-                          : padded(input, hx, weights, options.bias, options.num_layers, 0.0,
-                                   false, options.bidirectional, batch_first);
+                          : padded(input, hx, weights, options.bias, options.num_layers, 0.0, false,
+                                   options.bidirectional, batch_first);
   };
   using Padded = std::tuple<Tensor, Tensor> (*)(const Tensor&, const Tensor&, at::TensorList, bool,
                                                 int64_t, double, bool, bool, bool);
@@ -184,9 +181,8 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
       needs[i] = i == 1 && !has_hx ? false : ctx->needs_input_grad(edge++);
     variable_list result;
     if (grads[0].defined() || grads[1].defined()) {
-      result = at::GradMode::is_enabled()
-                   ? differentiable_backward(saved, options, grads, needs)
-                   : fused_backward(saved, options, grads, needs);
+      result = at::GradMode::is_enabled() ? differentiable_backward(saved, options, grads, needs)
+                                          : fused_backward(saved, options, grads, needs);
     } else {
       result.resize(needs.size());
     }
@@ -236,8 +232,7 @@ std::tuple<Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTenso
 std::tuple<Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTensor& hx,
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          std::string_view nonlinearity, bool bias,
-                                         int64_t num_layers, bool bidirectional,
-                                         bool batch_first) {
+                                         int64_t num_layers, bool bidirectional, bool batch_first) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   check_arguments(input, hx, weights, batch_sizes, options, batch_first);
   auto [output, h_n, kept] =

@@ -31,8 +31,8 @@ py::dict build_info() {
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
                   int64_t element_size) {
   const bool converts = element_size < 4;
-  const fastrnn::cpu::LayerShape shape{T,          B, I, H, T * B,
-                                       directions, converts ? 4 : element_size, converts};
+  const fastrnn::cpu::LayerShape shape{
+      T, B, I, H, T * B, directions, converts ? 4 : element_size, converts};
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
@@ -48,8 +48,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastrnn's operators (torch.ops.fastrnn) and facts about this build.";
   m.def("build_info", &build_info, "How this extension was built.");
-  m.def("cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },
-        "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
+  m.def(
+      "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },
+      "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
   m.def("cpu_plan", &cpu_plan, py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("directions") = 1, py::arg("element_size") = 4,
         "How one layer of this shape runs on the CPU with the current number of threads.");

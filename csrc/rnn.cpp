@@ -100,8 +100,8 @@ void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batc
                   : ". For this input hx must be (num_layers * num_directions, batch, "
                     "hidden_size) = (",
         rows, unbatched ? "" : ", ", unbatched ? std::string() : c10::str(batch), ", ", hidden_size,
-        ")", batch_first ? ", also with batch_first=True, which applies to input and output only"
-                         : "",
+        ")",
+        batch_first ? ", also with batch_first=True, which applies to input and output only" : "",
         ". hx was ", c10::SymIntArrayRef(hx.sym_sizes()), ".");
   }
   TORCH_CHECK(hx.scalar_type() == input.scalar_type(),
@@ -140,8 +140,7 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
   const Tensor& first = weights[0];
   for (int64_t layer = 0; layer < options.num_layers; ++layer) {
     for (int64_t direction = 0; direction < options.directions(); ++direction) {
-      const int64_t start =
-          (layer * options.directions() + direction) * options.weights_per_cell();
+      const int64_t start = (layer * options.directions() + direction) * options.weights_per_cell();
       const c10::SymInt input_size =
           layer == 0 ? first.sym_size(1) : hidden_size * options.directions();
       for (int64_t i = 0; i < options.weights_per_cell(); ++i) {
@@ -153,9 +152,11 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
                                  : w.dim() == 1 && w.sym_size(0) == hidden_size;
         TORCH_CHECK(right, "weight ", start + i, " (layer ", layer, ", direction ", direction,
                     ") has shape ", w.sym_sizes(), ", expected ", i < 2 ? "(" : "", hidden_size,
-                    i < 2 ? ", " : "", i == 0 ? c10::str(input_size) : i == 1 ? c10::str(hidden_size) : "",
-                    i < 2 ? ")" : "",
-                    " for w_ih (H, I), w_hh (H, H), b_ih (H) and b_hh (H).");
+                    i < 2 ? ", " : "",
+                    i == 0   ? c10::str(input_size)
+                    : i == 1 ? c10::str(hidden_size)
+                             : "",
+                    i < 2 ? ")" : "", " for w_ih (H, I), w_hh (H, H), b_ih (H) and b_hh (H).");
         TORCH_CHECK(w.device() == input.device(),
                     "Input and parameter tensors are not at the same device, found input tensor "
                     "at ",
@@ -174,8 +175,7 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
 }  // namespace
 
 Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
-  const auto* w =
-      &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
+  const auto* w = &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
   return options.bias ? Cell{w[0], w[1], w[2], w[3]} : Cell{w[0], w[1], Tensor(), Tensor()};
 }
 
@@ -257,25 +257,22 @@ std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
                                at::TensorList weights, const OptionalTensor& batch_sizes,
                                std::string_view nonlinearity, bool bias, int64_t num_layers,
                                bool bidirectional, bool batch_first) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
-                                               at::TensorList, const OptionalTensor&,
-                                               std::string_view, bool, int64_t, bool, bool);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastrnn::rnn", "")
-                             .typed<Signature>();
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, at::TensorList,
+                                               const OptionalTensor&, std::string_view, bool,
+                                               int64_t, bool, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::rnn", "").typed<Signature>();
   return op.call(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
                  batch_first);
 }
 
 ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                          const OptionalTensor& batch_sizes, const RnnOptions& options,
-                          bool keep) {
-  using Signature = ForwardResult(const Tensor&, const OptionalTensor&, at::TensorList,
-                                  const OptionalTensor&, std::string_view, bool, int64_t, bool,
-                                  bool);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastrnn::rnn_forward", "")
-                             .typed<Signature>();
+                          const OptionalTensor& batch_sizes, const RnnOptions& options, bool keep) {
+  using Signature =
+      ForwardResult(const Tensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
+                    std::string_view, bool, int64_t, bool, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::rnn_forward", "").typed<Signature>();
   return op.call(input, hx, weights, batch_sizes, options.nonlinearity, options.bias,
                  options.num_layers, options.bidirectional, keep);
 }
@@ -284,10 +281,10 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                             const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                             const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
                             const RnnOptions& options, const std::vector<bool>& needs) {
-  using Signature = BackwardResult(const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                   const OptionalTensor&, at::TensorList, const OptionalTensor&,
-                                   at::TensorList, std::string_view, bool, int64_t, bool,
-                                   c10::List<bool>);
+  using Signature =
+      BackwardResult(const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                     const OptionalTensor&, at::TensorList, const OptionalTensor&, at::TensorList,
+                     std::string_view, bool, int64_t, bool, c10::List<bool>);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastrnn::rnn_backward", "")
                              .typed<Signature>();

@@ -9,7 +9,7 @@ import torch
 
 load_error: Exception | None = None
 try:
-    from fastrnn import _C as _C
+    import fastrnn._C
 except ImportError as error:
     load_error = error
 

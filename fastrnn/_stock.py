@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import RNNBase
 
 # Bound at import: the class may later be replaced in torch.nn by fastrnn.RNN.
-_forward = torch.nn.RNN.forward
+_forward: Any = torch.nn.RNN.forward
 
 
 class StockRNN:
@@ -36,4 +36,4 @@ class StockRNN:
         """The weights are what the caller passed."""
 
     def __call__(self, input: Any, hx: Tensor | None) -> Any:
-        return _forward(self, input, hx)  # type: ignore[arg-type]
+        return _forward(self, input, hx)

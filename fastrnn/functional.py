@@ -4,7 +4,7 @@
 Arguments are checked in one place, csrc/rnn.cpp.
 """
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +43,6 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     return input.layout is torch.strided and weights[0].dtype in _FUSED_DTYPES
 
 
-@overload
-def rnn(
-    input: Tensor, weights: list[Tensor], hx: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def rnn(
-    input: PackedSequence, weights: list[Tensor], hx: Tensor | None = None, **options: Any
-) -> tuple[PackedSequence, Tensor]: ...
 def rnn(
     input: Any,
     weights: list[Tensor],
@@ -114,7 +106,7 @@ def rnn(
             training=training,
             bidirectional=bidirectional,
         )
-        return stock(input, hx)
+        return stock(input, hx)  # type: ignore[no-any-return]
     if batch_sizes is not None and hx is not None and input.sorted_indices is not None:
         hx = hx.index_select(1, input.sorted_indices)
     run = _rnn_with_dropout if dropout > 0 and training and num_layers > 1 else _rnn

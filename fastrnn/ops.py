@@ -29,6 +29,7 @@ def _rnn_forward_fake(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     directions = 2 if bidirectional else 1
     hidden_size = weights[1].size(0)
+    batch: int | torch.SymInt
     if batch_sizes is None:
         batch = input.size(1)
     elif hx is not None:

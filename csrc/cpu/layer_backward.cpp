@@ -43,8 +43,8 @@ struct DirectionBackward {
   int64_t H;
   // In the type computed in. w_hh_panels: of W_hh, untransposed.
   Tensor w_ih, w_hh, w_hh_panels, hx, grad_h_n;
-  CellGradients sums;   // float or double accumulators; undefined where not wanted
-  Tensor delta_first;   // [B, H] delta at each row's first forward step; undefined if not wanted
+  CellGradients sums;  // float or double accumulators; undefined where not wanted
+  Tensor delta_first;  // [B, H] delta at each row's first forward step; undefined if not wanted
 
   // What the previous chunk leaves: delta of its last step.
   Tensor carry;
@@ -53,8 +53,14 @@ struct DirectionBackward {
   DirectionBackward(const Layout& layout, const Plan& plan, const Cell& cell, Activation activation,
                     bool reverse, bool both_directions, const Tensor& hx, const Tensor& grad_h_n,
                     const CellGradients& wanted, bool wants_hx)
-      : layout(layout), plan(plan), activation(activation), reverse(reverse),
-        both_directions(both_directions), H(cell.w_hh.size(0)), hx(hx), grad_h_n(grad_h_n) {
+      : layout(layout),
+        plan(plan),
+        activation(activation),
+        reverse(reverse),
+        both_directions(both_directions),
+        H(cell.w_hh.size(0)),
+        hx(hx),
+        grad_h_n(grad_h_n) {
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
     w_ih = cell.w_ih.to(type);
     w_hh = cell.w_hh.to(type);
@@ -107,8 +113,7 @@ struct DirectionBackward {
       sums.w_hh.addmm_(rows.narrow(0, (from - begin) * B, (to - from) * B).t(),
                        y.narrow(0, (from + shift - y_begin) * B, (to - from) * B));
     }
-    if (has_first && hx.defined())
-      sums.w_hh.addmm_(rows.narrow(0, (first - begin) * B, B).t(), hx);
+    if (has_first && hx.defined()) sums.w_hh.addmm_(rows.narrow(0, (first - begin) * B, B).t(), hx);
   }
 
   /// h_prev of packed rows, gathered: row (t, b) is y at b's previous step, or hx, or zero.
@@ -142,7 +147,8 @@ struct DirectionBackward {
     const Tensor rows = delta.view({-1, H});
     if (sums.b_ih.defined()) sums.b_ih.add_(rows.sum(0));
     if (sums.w_ih.defined()) {
-      const Tensor x = as_rows(readable(narrow_steps(layout, input, begin, end), w_ih.scalar_type()));
+      const Tensor x =
+          as_rows(readable(narrow_steps(layout, input, begin, end), w_ih.scalar_type()));
       multiply_into(sums.w_ih, rows.t(), x, !first_chunk);
     }
     if (!grad_input.defined()) return;
@@ -220,17 +226,15 @@ void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, co
   const Tensor state = readable(hx, type), grad_state = readable(grad_h_n, type);
   std::vector<DirectionBackward<T>> walks;
   for (int64_t d = 0; d < D; ++d) {
-    walks.emplace_back(layout, plan, cells[d], activation, d == 1, D == 2,
-                       state.defined() ? state[d] : Tensor(),
-                       grad_state.defined() ? grad_state[d] : Tensor(), grads.cells[d],
-                       grads.hx.defined());
+    walks.emplace_back(
+        layout, plan, cells[d], activation, d == 1, D == 2, state.defined() ? state[d] : Tensor(),
+        grad_state.defined() ? grad_state[d] : Tensor(), grads.cells[d], grads.hx.defined());
   }
   if (D == 2 && grads.input.defined()) grads.input.zero_();
   const int64_t chunks = (layout.T + plan.backward_steps - 1) / plan.backward_steps;
   for (int64_t i = 0; i < chunks; ++i) {
     std::vector<Chunk<T>> parts;
-    for (int64_t d = 0; d < D; ++d)
-      parts.emplace_back(walks[d], i, d * H, output, grad_output);
+    for (int64_t d = 0; d < D; ++d) parts.emplace_back(walks[d], i, d * H, output, grad_output);
     for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
       BackwardArgs<T> part = parts[d].args;
       part.row_begin = row_begin;
@@ -240,10 +244,10 @@ void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, co
     for (int64_t d = 0; d < D; ++d) {
       const Chunk<T>& c = parts[d];
       walks[d].keep_boundary(c.delta, c.begin, c.end);
-      const Tensor y_rows = layout.packed() || layout.B == 0
-                                ? c.y
-                                : c.y.as_strided({c.y.size(0) * c.y.size(1), H},
-                                                 {c.y.stride(1), 1});
+      const Tensor y_rows =
+          layout.packed() || layout.B == 0
+              ? c.y
+              : c.y.as_strided({c.y.size(0) * c.y.size(1), H}, {c.y.stride(1), 1});
       walks[d].add_grad_w_hh(c.delta, y_rows, c.y_begin, c.begin, c.end);
       walks[d].add_products(c.delta, input, grads.input, c.begin, c.end, i == 0);
     }

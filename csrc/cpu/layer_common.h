@@ -29,15 +29,13 @@ inline LayerShape layer_shape(const Layout& layout, const Tensor& input, int64_t
           type != input.scalar_type()};
 }
 
-inline int64_t available_threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
+inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 /// Steps [begin, end) of a padded [T, B, N] or packed [N, ...] tensor, as a view.
 inline Tensor narrow_steps(const Layout& layout, const Tensor& t, int64_t begin, int64_t end) {
-  return layout.packed() ? t.narrow(0, layout.first_row[begin],
-                                    layout.first_row[end] - layout.first_row[begin])
-                         : t.narrow(0, begin, end - begin);
+  return layout.packed()
+             ? t.narrow(0, layout.first_row[begin], layout.first_row[end] - layout.first_row[begin])
+             : t.narrow(0, begin, end - begin);
 }
 
 /// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is
@@ -58,8 +56,8 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
   Sequence<T> s;
   s.step_stride = layout.packed() ? 0 : chunk.stride(0);
   s.row_stride = layout.packed() ? chunk.stride(0) : chunk.stride(1);
-  const int64_t before = layout.packed() ? layout.first_row[begin] * s.row_stride
-                                         : begin * s.step_stride;
+  const int64_t before =
+      layout.packed() ? layout.first_row[begin] * s.row_stride : begin * s.step_stride;
   s.data = data + column - before;
   return s;
 }
@@ -103,8 +101,7 @@ void for_each_part(const Layout& layout, const Plan& plan, int64_t directions, c
         bounds.push_back(b + 1);
     }
   } else {
-    for (int64_t i = 1; i < plan.row_blocks; ++i)
-      bounds.push_back(layout.B * i / plan.row_blocks);
+    for (int64_t i = 1; i < plan.row_blocks; ++i) bounds.push_back(layout.B * i / plan.row_blocks);
   }
   bounds.push_back(layout.B);
   const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1;

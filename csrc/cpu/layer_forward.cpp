@@ -43,8 +43,8 @@ namespace {
 /// One direction's weights, ready for the kernel.
 template <typename T>
 struct PackedCell {
-  Tensor w_ih;        // [H, I] in the type computed in; used where the input is not fused
-  Tensor bias;        // b_ih + b_hh, [padded H], or undefined
+  Tensor w_ih;  // [H, I] in the type computed in; used where the input is not fused
+  Tensor bias;  // b_ih + b_hh, [padded H], or undefined
   Tensor w_ih_panels, w_hh_panels;
 
   PackedCell(const Cell& cell, bool fuse_input) {
@@ -210,10 +210,14 @@ void layer_forward(const Layout& layout, const Tensor& input, const Tensor& hx,
       copy_final_state<Scalar>(layout, d == 1, output, d * H, H,
                                final_state.mutable_data_ptr<Scalar>());
     };
-    if (type == at::kDouble) copy(double{});
-    else if (type == at::kFloat) copy(float{});
-    else if (type == at::kBFloat16) copy(at::BFloat16{});
-    else copy(at::Half{});
+    if (type == at::kDouble)
+      copy(double{});
+    else if (type == at::kFloat)
+      copy(float{});
+    else if (type == at::kBFloat16)
+      copy(at::BFloat16{});
+    else
+      copy(at::Half{});
   }
 }
 

@@ -27,9 +27,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
 
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * s.directions;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
-  plan.row_blocks = std::clamp<int64_t>(std::min(useful_threads / s.directions,
-                                                 s.B / kRowsPerBlock),
-                                        1, threads);
+  plan.row_blocks =
+      std::clamp<int64_t>(std::min(useful_threads / s.directions, s.B / kRowsPerBlock), 1, threads);
   plan.parallel = useful_threads > 1;
 
   const int64_t mean_rows = std::max<int64_t>(1, s.total_rows / std::max<int64_t>(1, s.T));

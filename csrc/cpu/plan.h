@@ -10,8 +10,8 @@ namespace fastrnn::cpu {
 /// One layer of a call. `total_rows` is T * B, or the length of packed data.
 struct LayerShape {
   int64_t T, B, I, H, total_rows, directions;
-  int64_t element_size;    // of the type computed in: 4 or 8
-  bool converts = false;   // 16-bit tensors, computed in float32
+  int64_t element_size;   // of the type computed in: 4 or 8
+  bool converts = false;  // 16-bit tensors, computed in float32
 };
 
 struct Plan {

@@ -218,15 +218,13 @@ FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, con
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; ++j) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        part[j][v] += a[k + j] * load<T>(panel + (j * V + v) * kLanes<T>);
+      for (int v = 0; v < V; ++v) part[j][v] += a[k + j] * load<T>(panel + (j * V + v) * kLanes<T>);
     }
     panel += kSums * V * kLanes<T>;
   }
   multiply<T, 1, V>(acc, a + k, 0, K - k, panel);
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v)
-    acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
+  for (int v = 0; v < V; ++v) acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
 template <typename T, int R, int V>

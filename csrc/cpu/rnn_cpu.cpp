@@ -27,10 +27,9 @@ Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, in
   return states->narrow(0, layer * options.directions(), options.directions());
 }
 
-ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx,
-                              at::TensorList weights, const OptionalTensor& batch_sizes,
-                              std::string_view nonlinearity, bool bias, int64_t num_layers,
-                              bool bidirectional, bool keep) {
+ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                              const OptionalTensor& batch_sizes, std::string_view nonlinearity,
+                              bool bias, int64_t num_layers, bool bidirectional, bool keep) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   const cpu::Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make demo | test | lint | bench | clean. Each target sets up what it needs in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/pip:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo: requirements/demo.txt | $(VENV)/pip
+	$(RUN) -m pip install --quiet -r requirements/demo.txt
+	touch $@
+
+$(VENV)/dev: requirements/dev.txt $(VENV)/demo
+	$(RUN) -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+# Editable: changes of Python files need no build.
+$(VENV)/built: $(SOURCES) $(VENV)/demo
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/built
+	$(RUN) examples/dc_motor.py
+
+test: $(VENV)/built $(VENV)/dev
+	$(RUN) -m pytest tests
+
+lint: $(VENV)/built $(VENV)/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(RUN) -m mypy
+
+bench: $(VENV)/built $(VENV)/dev
+	$(RUN) benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build fastrnn/*.so *.egg-info
