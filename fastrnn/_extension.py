@@ -5,11 +5,13 @@ A failure is kept, not raised, so that `import fastrnn` always works and `python
 can tell what is wrong; the first use of an operator raises it.
 """
 
+from importlib import import_module
+
 import torch
 
 load_error: Exception | None = None
 try:
-    import fastrnn._C
+    import_module("fastrnn._C")
 except ImportError as error:
     load_error = error
 
