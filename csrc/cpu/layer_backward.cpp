@@ -21,6 +21,19 @@ namespace fastrnn::cpu {
 
 namespace {
 
+/// A zeroed tensor to add a gradient up in: `wanted` itself where it has the type computed in;
+/// undefined where it is.
+Tensor accumulator(const Tensor& wanted, at::ScalarType type) {
+  if (!wanted.defined()) return wanted;
+  return wanted.scalar_type() == type ? wanted.zero_()
+                                      : at::zeros(wanted.sizes(), wanted.options().dtype(type));
+}
+
+/// Copies a sum to its destination, unless it was made there.
+void deliver(const Tensor& sum, const Tensor& destination) {
+  if (destination.defined() && !destination.is_same(sum)) destination.copy_(sum);
+}
+
 /// out = a b, or out += a b.
 void multiply_into(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
   if (accumulate)
@@ -65,11 +78,11 @@ struct DirectionBackward {
     w_ih = cell.w_ih.to(type);
     w_hh = cell.w_hh.to(type);
     w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/false);
-    const auto options = w_hh.options();
-    if (wanted.w_ih.defined()) sums.w_ih = at::empty(w_ih.sizes(), options);
-    if (wanted.w_hh.defined()) sums.w_hh = at::zeros(w_hh.sizes(), options);
-    if (wanted.b_ih.defined() || wanted.b_hh.defined()) sums.b_ih = at::zeros({H}, options);
-    if (wants_hx) delta_first = at::zeros({layout.B, H}, options);
+    sums.w_ih = accumulator(wanted.w_ih, type);
+    sums.w_hh = accumulator(wanted.w_hh, type);
+    // Both biases have the same gradient: one sum, in whichever is wanted.
+    sums.b_ih = accumulator(wanted.b_ih.defined() ? wanted.b_ih : wanted.b_hh, type);
+    if (wants_hx) delta_first = at::zeros({layout.B, H}, w_hh.options());
   }
 
   BackwardArgs<T> kernel_args(const Chunk<T>& chunk) const;
@@ -93,11 +106,65 @@ struct DirectionBackward {
     }
   }
 
+  /// All weight gradients of steps [begin, end), by our own outer product where the hidden size is
+  /// small, else by ATen's.
+  void add_weight_gradients(const Chunk<T>& chunk, const Tensor& input) {
+    if (!sums.w_ih.defined() && !sums.w_hh.defined() && !sums.b_ih.defined()) return;
+    const Tensor x =
+        sums.w_ih.defined()
+            ? readable(narrow_steps(layout, input, chunk.begin, chunk.end), w_ih.scalar_type())
+            : Tensor();
+    if (plan.own_outer_product) {
+      add_outer_products(chunk, x);
+      return;
+    }
+    const Tensor rows = chunk.delta.view({-1, H});
+    if (sums.b_ih.defined()) sums.b_ih.add_(rows.sum(0));
+    if (sums.w_ih.defined()) sums.w_ih.addmm_(rows.t(), as_rows(x));
+    if (sums.w_hh.defined()) {
+      const Tensor y =
+          layout.packed() || layout.B == 0
+              ? chunk.y
+              : chunk.y.as_strided({chunk.y.size(0) * layout.B, H}, {chunk.y.stride(1), 1});
+      add_grad_w_hh(chunk.delta, y, chunk.y_begin, chunk.begin, chunk.end);
+    }
+  }
+
+  void add_outer_products(const Chunk<T>& chunk, const Tensor& x) {
+    WeightGradientArgs<T> a;
+    a.steps = layout.steps(chunk.begin, chunk.end, /*descending=*/reverse, 0);
+    const int64_t before = reverse ? chunk.end : chunk.begin - 1;
+    if (before >= 0 && before < layout.T) a.steps.carry_rows = layout.rows(before);
+    a.I = w_ih.size(1);
+    a.H = H;
+    a.x = sequence_of<const T>(layout, x, chunk.begin, 0);
+    a.y = sequence_of<const T>(layout, chunk.y, chunk.y_begin, 0);
+    a.hx = matrix_of<T>(hx);
+    a.delta = sequence_of<const T>(layout, chunk.delta, chunk.begin, 0);
+    const auto target = [](const Tensor& t) {
+      return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+    };
+    a.grad_w_ih = target(sums.w_ih);
+    a.grad_w_hh = target(sums.w_hh);
+    a.grad_b = target(sums.b_ih);
+    a.parts = plan.parallel ? available_threads() : 1;
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        WeightGradientArgs<T> part = a;
+        part.part = i;
+        kernels<T>().weight_gradients(part);
+      }
+    };
+    if (a.parts == 1)
+      run(0, 1);
+    else
+      at::parallel_for(0, a.parts, 1, run);
+  }
+
   /// grad_W_hh += delta^T h_prev over steps [begin, end). y: the rows of this direction's columns,
   /// [rows, H], its first row that of step y_begin.
   void add_grad_w_hh(const Tensor& delta, const Tensor& y, int64_t y_begin, int64_t begin,
                      int64_t end) {
-    if (!sums.w_hh.defined()) return;
     const Tensor rows = delta.view({-1, H});
     if (layout.packed()) {
       sums.w_hh.addmm_(rows.t(), gather_previous(y, y_begin, begin, end));
@@ -141,16 +208,10 @@ struct DirectionBackward {
     return previous;
   }
 
-  /// The other products over one chunk. delta: rows of [begin, end).
-  void add_products(const Tensor& delta, const Tensor& input, const Tensor& grad_input,
-                    int64_t begin, int64_t end, bool first_chunk) {
+  /// grad_x = delta W_ih over steps [begin, end).
+  void add_grad_input(const Tensor& delta, const Tensor& grad_input, int64_t begin,
+                      int64_t end) const {
     const Tensor rows = delta.view({-1, H});
-    if (sums.b_ih.defined()) sums.b_ih.add_(rows.sum(0));
-    if (sums.w_ih.defined()) {
-      const Tensor x =
-          as_rows(readable(narrow_steps(layout, input, begin, end), w_ih.scalar_type()));
-      multiply_into(sums.w_ih, rows.t(), x, !first_chunk);
-    }
     if (!grad_input.defined()) return;
     const Tensor target = narrow_steps(layout, grad_input, begin, end);
     // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
@@ -164,10 +225,10 @@ struct DirectionBackward {
   }
 
   void write(const CellGradients& out, const Tensor& grad_hx) const {
-    if (out.w_ih.defined()) out.w_ih.copy_(sums.w_ih);
-    if (out.w_hh.defined()) out.w_hh.copy_(sums.w_hh);
-    if (out.b_ih.defined()) out.b_ih.copy_(sums.b_ih);
-    if (out.b_hh.defined()) out.b_hh.copy_(sums.b_ih);
+    deliver(sums.w_ih, out.w_ih);
+    deliver(sums.w_hh, out.w_hh);
+    deliver(sums.b_ih, out.b_ih);
+    deliver(sums.b_ih, out.b_hh);
     if (grad_hx.defined()) grad_hx.copy_(delta_first.mm(w_hh));
   }
 };
@@ -244,12 +305,8 @@ void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, co
     for (int64_t d = 0; d < D; ++d) {
       const Chunk<T>& c = parts[d];
       walks[d].keep_boundary(c.delta, c.begin, c.end);
-      const Tensor y_rows =
-          layout.packed() || layout.B == 0
-              ? c.y
-              : c.y.as_strided({c.y.size(0) * c.y.size(1), H}, {c.y.stride(1), 1});
-      walks[d].add_grad_w_hh(c.delta, y_rows, c.y_begin, c.begin, c.end);
-      walks[d].add_products(c.delta, input, grads.input, c.begin, c.end, i == 0);
+      walks[d].add_weight_gradients(c, input);
+      walks[d].add_grad_input(c.delta, grads.input, c.begin, c.end);
     }
   }
   for (int64_t d = 0; d < D; ++d)

@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kFusedBytes = 1 << 20;
 // A part of the batch smaller than this leaves the register tiles half empty.
 constexpr int64_t kRowsPerBlock = 8;
+// Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
+// the first-level cache.
+constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
 // Workspace for one chunk of steps: large enough for the products over it to run at full speed.
@@ -24,6 +27,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   const int64_t weight_bytes = (s.I + s.H) * s.H * s.element_size;
   plan.fuse_input = weight_bytes <= kFusedBytes;
+
+  plan.own_outer_product = s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * s.directions;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);

@@ -18,6 +18,7 @@ struct Plan {
   bool fuse_input;         // x * W_ih^T inside the step; else one product over all steps before
   bool parallel;           // parts run side by side; else one after the other
   int64_t row_blocks;      // parts of the batch, each walks through time without hand-over
+  bool own_outer_product;  // weight gradients by our kernel; else by ATen's matrix product
   int64_t forward_steps;   // steps per chunk of the forward workspace (16-bit tensors only)
   int64_t backward_steps;  // steps per chunk of the backward workspace
 };

@@ -82,6 +82,25 @@ struct BackwardArgs {
   Sequence<T> delta;               // [T, B, H] out
 };
 
+/// Weight gradients of one layer and direction over a range of steps, added to what is there:
+///   grad_W_ih += sum_t delta_t^T x_t
+///   grad_W_hh += sum_t delta_t^T h_{t-1}
+///   grad_b    += sum_t delta_t
+/// `steps` walks as the forward did. For small H; above, a matrix product that packs is faster.
+template <typename T>
+struct WeightGradientArgs {
+  Steps steps;
+  int64_t part = 0, parts = 1;  // this call's share of the columns of W_ih and W_hh
+  int64_t I = 0, H = 0;
+  Sequence<const T> x;      // [T, B, I]
+  Sequence<const T> y;      // [T, B, H], with the step before the first walked one
+  Matrix<const T> hx;       // [B, H]; null: zeros
+  Sequence<const T> delta;  // [T, B, H]
+  T* grad_w_ih = nullptr;   // [H, I] contiguous, or null
+  T* grad_w_hh = nullptr;   // [H, H] contiguous, or null
+  T* grad_b = nullptr;      // [H], or null
+};
+
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
 /// disjoint rows.
 template <typename T>
@@ -95,6 +114,7 @@ struct Kernels {
                T* panels);
   void (*forward)(const ForwardArgs<T>& args);
   void (*backward)(const BackwardArgs<T>& args);
+  void (*weight_gradients)(const WeightGradientArgs<T>& args);
 };
 
 /// One capability's tables.
