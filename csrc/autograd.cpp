@@ -64,6 +64,7 @@ struct Saved {
 /// First derivative: the hand-written backward.
 variable_list fused_backward(const Saved& saved, const RnnOptions& options,
                              const variable_list& grads, const std::vector<bool>& needs) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // nothing here is recorded
   const bool packed = saved.packed(), unbatched = saved.unbatched();
   const auto time_major = [&](const Tensor& t) {
     return t.defined() ? OptionalTensor(to_time_major(t, packed, saved.batch_first))

@@ -89,11 +89,13 @@ struct DirectionBackward {
 
   /// Remembers what the next chunk and grad_hx need of this one. delta: rows of [begin, end).
   void keep_boundary(const Tensor& delta, int64_t begin, int64_t end) {
+    const bool more_chunks = begin != 0 || end != layout.T;
+    if (!more_chunks && !delta_first.defined()) return;
     const Tensor rows = delta.view({-1, H});
     const int64_t last = reverse ? end - 1 : begin;
     carry_rows = layout.rows(last);
     const Tensor boundary = rows.narrow(0, layout.offset(last) - layout.offset(begin), carry_rows);
-    if (begin != 0 || end != layout.T) carry = boundary.clone();
+    if (more_chunks) carry = boundary.clone();
     if (!delta_first.defined()) return;
     // Rows that begin, in forward order, at step t: all at 0, or those that step t + 1 lacks.
     for (int64_t t = begin; t < (reverse ? end : std::min<int64_t>(end, begin == 0 ? 1 : begin));
@@ -241,7 +243,7 @@ struct Chunk {
   BackwardArgs<T> args;
 
   /// Chunk number i, counted in the order in which backward walks.
-  Chunk(const DirectionBackward<T>& walk, int64_t i, int64_t column, const Tensor& output,
+  Chunk(const DirectionBackward<T>& walk, int64_t i, int64_t d, const Tensor& output,
         const Tensor& grad_output) {
     const Layout& layout = walk.layout;
     const int64_t T_ = layout.T, steps = walk.plan.backward_steps;
@@ -252,13 +254,13 @@ struct Chunk {
     const int64_t y_end = walk.reverse ? std::min(T_, end + 1) : end;
     const at::ScalarType type = walk.w_hh.scalar_type();
     const auto columns = [&](const Tensor& t, int64_t from, int64_t to) {
-      return readable(narrow_steps(layout, t, from, to).narrow(-1, column, walk.H), type);
+      return readable(narrow_direction(narrow_steps(layout, t, from, to), d, walk.H), type);
     };
     y = columns(output, y_begin, y_end);
     if (grad_output.defined()) grad_y = columns(grad_output, begin, end);
-    auto sizes = narrow_steps(layout, output, begin, end).sizes().vec();
-    sizes.back() = walk.H;
-    delta = at::empty(sizes, walk.w_hh.options());
+    delta = layout.packed() ? at::empty({layout.offset(end) - layout.offset(begin), walk.H},
+                                        walk.w_hh.options())
+                            : at::empty({end - begin, layout.B, walk.H}, walk.w_hh.options());
     args = walk.kernel_args(*this);
   }
 };
@@ -283,7 +285,7 @@ void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, co
                  const std::vector<Cell>& cells, Activation activation, const Tensor& output,
                  const Tensor& grad_output, const Tensor& grad_h_n, const LayerGradients& grads) {
   const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  const int64_t D = static_cast<int64_t>(cells.size()), H = output.size(-1) / D;
+  const int64_t D = static_cast<int64_t>(cells.size());
   const Tensor state = readable(hx, type), grad_state = readable(grad_h_n, type);
   std::vector<DirectionBackward<T>> walks;
   for (int64_t d = 0; d < D; ++d) {
@@ -295,7 +297,7 @@ void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, co
   const int64_t chunks = (layout.T + plan.backward_steps - 1) / plan.backward_steps;
   for (int64_t i = 0; i < chunks; ++i) {
     std::vector<Chunk<T>> parts;
-    for (int64_t d = 0; d < D; ++d) parts.emplace_back(walks[d], i, d * H, output, grad_output);
+    for (int64_t d = 0; d < D; ++d) parts.emplace_back(walks[d], i, d, output, grad_output);
     for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
       BackwardArgs<T> part = parts[d].args;
       part.row_begin = row_begin;

@@ -33,9 +33,15 @@ inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::g
 
 /// Steps [begin, end) of a padded [T, B, N] or packed [N, ...] tensor, as a view.
 inline Tensor narrow_steps(const Layout& layout, const Tensor& t, int64_t begin, int64_t end) {
+  if (begin == 0 && end == layout.T) return t;  // a view costs more than a small layer
   return layout.packed()
              ? t.narrow(0, layout.first_row[begin], layout.first_row[end] - layout.first_row[begin])
              : t.narrow(0, begin, end - begin);
+}
+
+/// The columns of direction d in a tensor whose last dimension is D * H, as a view.
+inline Tensor narrow_direction(const Tensor& t, int64_t d, int64_t H) {
+  return t.size(-1) == H ? t : t.narrow(-1, d * H, H);
 }
 
 /// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is

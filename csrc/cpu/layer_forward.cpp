@@ -133,7 +133,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Tensor& input,
   std::vector<ForwardArgs<T>> args;
   for (size_t d = 0; d < cells.size(); ++d) {
     const int64_t column = static_cast<int64_t>(d) * H;
-    if (!plan.fuse_input) project_input<T>(x, cells[d], output.narrow(-1, column, H));
+    if (!plan.fuse_input) project_input<T>(x, cells[d], narrow_direction(output, d, H));
     args.push_back(forward_args<T>(layout, plan, cells[d], activation, x.size(-1), H, x, output, 0,
                                    layout.T, column, d == 1));
     if (hx.defined()) args[d].hx = matrix_of<T>(hx[d]);
@@ -154,7 +154,7 @@ void forward_converted(const Layout& layout, const Plan& plan, const Tensor& inp
       const int64_t count = std::min(plan.forward_steps, layout.T - done);
       const int64_t begin = reverse ? layout.T - done - count : done, end = begin + count;
       const Tensor x = narrow_steps(layout, input, begin, end).to(at::kFloat).contiguous();
-      const Tensor target = narrow_steps(layout, output, begin, end).narrow(-1, d * H, H);
+      const Tensor target = narrow_direction(narrow_steps(layout, output, begin, end), d, H);
       const Tensor y = at::empty(target.sizes(), x.options());
       if (!plan.fuse_input) project_input<float>(x, cells[d], y);
       ForwardArgs<float> a = forward_args<float>(layout, plan, cells[d], activation, x.size(-1), H,
@@ -203,22 +203,20 @@ void layer_forward(const Layout& layout, const Tensor& input, const Tensor& hx,
     forward_converted(layout, plan, input, state, pack_cells<float>(cells, plan.fuse_input),
                       activation, output);
   }
-  for (int64_t d = 0; d < D; ++d) {
-    const Tensor final_state = h_n[d];
-    const auto copy = [&](auto zero) {
-      using Scalar = decltype(zero);
+  const auto copy = [&](auto zero) {
+    using Scalar = decltype(zero);
+    for (int64_t d = 0; d < D; ++d)
       copy_final_state<Scalar>(layout, d == 1, output, d * H, H,
-                               final_state.mutable_data_ptr<Scalar>());
-    };
-    if (type == at::kDouble)
-      copy(double{});
-    else if (type == at::kFloat)
-      copy(float{});
-    else if (type == at::kBFloat16)
-      copy(at::BFloat16{});
-    else
-      copy(at::Half{});
-  }
+                               h_n.mutable_data_ptr<Scalar>() + d * layout.B * H);
+  };
+  if (type == at::kDouble)
+    copy(double{});
+  else if (type == at::kFloat)
+    copy(float{});
+  else if (type == at::kBFloat16)
+    copy(at::BFloat16{});
+  else
+    copy(at::Half{});
 }
 
 }  // namespace fastrnn::cpu

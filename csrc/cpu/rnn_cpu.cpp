@@ -24,6 +24,7 @@ std::vector<Cell> cells_of(at::TensorList weights, const RnnOptions& options, in
 /// Rows [layer * D, (layer + 1) * D) of an [L*D, B, H] tensor, if there is one.
 Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, int64_t layer) {
   if (!states.has_value() || !states->defined()) return Tensor();
+  if (options.num_layers == 1) return *states;
   return states->narrow(0, layer * options.directions(), options.directions());
 }
 
