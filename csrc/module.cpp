@@ -36,6 +36,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
+  result["pack_weights"] = plan.pack_weights;
   result["own_outer_product"] = plan.own_outer_product;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;

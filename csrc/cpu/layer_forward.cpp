@@ -40,19 +40,22 @@ Steps Layout::steps(int64_t begin, int64_t end, bool descending, int64_t carry_r
 
 namespace {
 
-/// One direction's weights, ready for the kernel.
+/// One direction's weights, ready for the kernel, in the type computed in.
 template <typename T>
-struct PackedCell {
-  Tensor w_ih;  // [H, I] in the type computed in; used where the input is not fused
-  Tensor bias;  // b_ih + b_hh, [padded H], or undefined
+struct PreparedCell {
+  Tensor w_ih, w_hh;  // [H, I], [H, H], adjacent columns where they are read unpacked
+  Tensor bias;        // b_ih + b_hh, [padded H], or undefined
   Tensor w_ih_panels, w_hh_panels;
 
-  PackedCell(const Cell& cell, bool fuse_input) {
+  PreparedCell(const Cell& cell, const Plan& plan) {
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
     const int64_t H = cell.w_hh.size(0);
-    w_ih = cell.w_ih.to(type);
-    w_hh_panels = pack_weight<T>(cell.w_hh.to(type), /*transposed=*/true);
-    if (fuse_input) w_ih_panels = pack_weight<T>(w_ih, /*transposed=*/true);
+    w_ih = plan.pack_weights ? cell.w_ih.to(type) : readable(cell.w_ih, type);
+    w_hh = plan.pack_weights ? cell.w_hh.to(type) : readable(cell.w_hh, type);
+    if (plan.pack_weights) {
+      w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/true);
+      if (plan.fuse_input) w_ih_panels = pack_weight<T>(w_ih, /*transposed=*/true);
+    }
     if (!cell.b_ih.defined()) return;
     const Tensor b_ih = cell.b_ih.to(type).contiguous(), b_hh = cell.b_hh.to(type).contiguous();
     const T *ih = b_ih.const_data_ptr<T>(), *hh = b_hh.const_data_ptr<T>();
@@ -61,11 +64,32 @@ struct PackedCell {
     T* sum = bias.mutable_data_ptr<T>();
     for (int64_t j = 0; j < padded; ++j) sum[j] = j < H ? ih[j] + hh[j] : T(0);
   }
+
+  /// The kernel's arguments as far as the weights decide them. x: input whose first step is
+  /// `begin`, read only where the plan fuses its product.
+  ForwardArgs<T> args(const Layout& layout, const Plan& plan, const Tensor& x,
+                      int64_t begin) const {
+    ForwardArgs<T> a;
+    a.I = w_ih.size(1);
+    a.H = w_hh.size(0);
+    if (plan.pack_weights)
+      a.w_hh_panels = w_hh_panels.const_data_ptr<T>();
+    else
+      a.w_hh = matrix_of<T>(w_hh);
+    if (!plan.fuse_input) return a;
+    a.x = sequence_of<const T>(layout, x, begin, 0);
+    if (plan.pack_weights)
+      a.w_ih_panels = w_ih_panels.const_data_ptr<T>();
+    else
+      a.w_ih = matrix_of<T>(w_ih);
+    if (bias.defined()) a.bias = bias.const_data_ptr<T>();
+    return a;
+  }
 };
 
 /// P = X W_ih^T + b for all steps at once, written where the outputs will be.
 template <typename T>
-void project_input(const Tensor& input, const PackedCell<T>& cell, Tensor y) {
+void project_input(const Tensor& input, const PreparedCell<T>& cell, Tensor y) {
   const Tensor x = as_rows(input), w = cell.w_ih.t();
   Tensor rows = y.view({-1, y.size(-1)});
   const int64_t H = w.size(1);
@@ -89,61 +113,35 @@ void copy_final_state(const Layout& layout, bool reverse, const Tensor& output, 
   }
 }
 
-/// Steps [begin, end) of every direction d, where for a reverse direction `begins[d]` counts from
-/// the other end. x, y: chunks that start at those steps, in the type computed in.
-template <typename T>
-void run_directions(const Layout& layout, const Plan& plan, const std::vector<PackedCell<T>>& cells,
-                    std::vector<ForwardArgs<T>>& args) {
-  for_each_part(layout, plan, static_cast<int64_t>(cells.size()),
-                [&](int64_t d, int64_t row_begin, int64_t row_end) {
-                  ForwardArgs<T> part = args[d];
-                  part.row_begin = row_begin;
-                  part.row_end = row_end;
-                  kernels<T>().forward(part);
-                });
-}
-
-template <typename T>
-ForwardArgs<T> forward_args(const Layout& layout, const Plan& plan, const PackedCell<T>& cell,
-                            Activation activation, int64_t I, int64_t H, const Tensor& x,
-                            const Tensor& y, int64_t begin, int64_t end, int64_t column,
-                            bool reverse) {
-  ForwardArgs<T> a;
-  a.steps = layout.steps(begin, end, reverse, 0);
-  a.I = I;
-  a.H = H;
-  a.activation = activation;
-  a.w_hh_panels = cell.w_hh_panels.template const_data_ptr<T>();
-  if (plan.fuse_input) {
-    a.x = sequence_of<const T>(layout, x, begin, 0);
-    a.w_ih_panels = cell.w_ih_panels.template const_data_ptr<T>();
-    a.bias = cell.bias.defined() ? cell.bias.template const_data_ptr<T>() : nullptr;
-  }
-  a.y = sequence_of<T>(layout, y, begin, column);
-  return a;
-}
-
 /// Tensors of the type computed in: the outputs are the workspace.
 template <typename T>
 void forward_native(const Layout& layout, const Plan& plan, const Tensor& input, const Tensor& hx,
-                    const std::vector<PackedCell<T>>& cells, Activation activation,
+                    const std::vector<PreparedCell<T>>& cells, Activation activation,
                     const Tensor& output) {
-  const int64_t H = output.size(-1) / static_cast<int64_t>(cells.size());
+  const int64_t D = static_cast<int64_t>(cells.size()), H = output.size(-1) / D;
   const Tensor x = readable(input, input.scalar_type());
   std::vector<ForwardArgs<T>> args;
-  for (size_t d = 0; d < cells.size(); ++d) {
-    const int64_t column = static_cast<int64_t>(d) * H;
+  for (int64_t d = 0; d < D; ++d) {
+    const int64_t column = d * H;
     if (!plan.fuse_input) project_input<T>(x, cells[d], narrow_direction(output, d, H));
-    args.push_back(forward_args<T>(layout, plan, cells[d], activation, x.size(-1), H, x, output, 0,
-                                   layout.T, column, d == 1));
-    if (hx.defined()) args[d].hx = matrix_of<T>(hx[d]);
+    ForwardArgs<T> a = cells[d].args(layout, plan, x, 0);
+    a.steps = layout.steps(0, layout.T, /*descending=*/d == 1, 0);
+    a.activation = activation;
+    a.y = sequence_of<T>(layout, output, 0, column);
+    if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
+    args.push_back(a);
   }
-  run_directions<T>(layout, plan, cells, args);
+  for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
+    ForwardArgs<T> part = args[d];
+    part.row_begin = row_begin;
+    part.row_end = row_end;
+    kernels<T>().forward(part);
+  });
 }
 
 /// 16-bit tensors: chunks of steps are converted to float32 and back, the state stays in float32.
 void forward_converted(const Layout& layout, const Plan& plan, const Tensor& input,
-                       const Tensor& hx, const std::vector<PackedCell<float>>& cells,
+                       const Tensor& hx, const std::vector<PreparedCell<float>>& cells,
                        Activation activation, const Tensor& output) {
   const int64_t D = static_cast<int64_t>(cells.size()), H = output.size(-1) / D;
   for (int64_t d = 0; d < D; ++d) {
@@ -157,9 +155,10 @@ void forward_converted(const Layout& layout, const Plan& plan, const Tensor& inp
       const Tensor target = narrow_direction(narrow_steps(layout, output, begin, end), d, H);
       const Tensor y = at::empty(target.sizes(), x.options());
       if (!plan.fuse_input) project_input<float>(x, cells[d], y);
-      ForwardArgs<float> a = forward_args<float>(layout, plan, cells[d], activation, x.size(-1), H,
-                                                 x, y, begin, end, 0, reverse);
-      a.steps.carry_rows = carry_rows;
+      ForwardArgs<float> a = cells[d].args(layout, plan, x, begin);
+      a.steps = layout.steps(begin, end, /*descending=*/reverse, carry_rows);
+      a.activation = activation;
+      a.y = sequence_of<float>(layout, y, begin, 0);
       a.carry = matrix_of<float>(carry);
       if (hx.defined()) a.hx = matrix_of<float>(hx[d]);
       for_each_part(layout, plan, 1, [&](int64_t, int64_t row_begin, int64_t row_end) {
@@ -177,11 +176,11 @@ void forward_converted(const Layout& layout, const Plan& plan, const Tensor& inp
 }
 
 template <typename T>
-std::vector<PackedCell<T>> pack_cells(const std::vector<Cell>& cells, bool fuse_input) {
-  std::vector<PackedCell<T>> packed;
-  packed.reserve(cells.size());
-  for (const Cell& cell : cells) packed.emplace_back(cell, fuse_input);
-  return packed;
+std::vector<PreparedCell<T>> prepare_cells(const std::vector<Cell>& cells, const Plan& plan) {
+  std::vector<PreparedCell<T>> prepared;
+  prepared.reserve(cells.size());
+  for (const Cell& cell : cells) prepared.emplace_back(cell, plan);
+  return prepared;
 }
 
 }  // namespace
@@ -194,14 +193,14 @@ void layer_forward(const Layout& layout, const Tensor& input, const Tensor& hx,
   const Plan plan = plan_layer(layer_shape(layout, input, H, D), available_threads());
   const Tensor state = readable(hx, compute_type(type));
   if (type == at::kDouble) {
-    forward_native<double>(layout, plan, input, state, pack_cells<double>(cells, plan.fuse_input),
+    forward_native<double>(layout, plan, input, state, prepare_cells<double>(cells, plan),
                            activation, output);
   } else if (type == at::kFloat) {
-    forward_native<float>(layout, plan, input, state, pack_cells<float>(cells, plan.fuse_input),
-                          activation, output);
+    forward_native<float>(layout, plan, input, state, prepare_cells<float>(cells, plan), activation,
+                          output);
   } else {
-    forward_converted(layout, plan, input, state, pack_cells<float>(cells, plan.fuse_input),
-                      activation, output);
+    forward_converted(layout, plan, input, state, prepare_cells<float>(cells, plan), activation,
+                      output);
   }
   const auto copy = [&](auto zero) {
     using Scalar = decltype(zero);

@@ -16,6 +16,9 @@ constexpr int64_t kRowsPerBlock = 8;
 // Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
 // the first-level cache.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
+// Packing reads and writes every weight once: too dear for few rows. A single sequence reads W_hh
+// at the speed of the cache that holds it, packed or not.
+constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
 // Workspace for one chunk of steps: large enough for the products over it to run at full speed.
@@ -28,6 +31,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t weight_bytes = (s.I + s.H) * s.H * s.element_size;
   plan.fuse_input = weight_bytes <= kFusedBytes;
 
+  plan.pack_weights = s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack);
   plan.own_outer_product = s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * s.directions;

@@ -16,6 +16,7 @@ struct LayerShape {
 
 struct Plan {
   bool fuse_input;         // x * W_ih^T inside the step; else one product over all steps before
+  bool pack_weights;       // into panels, in forward; else products with the weights as they are
   bool parallel;           // parts run side by side; else one after the other
   int64_t row_blocks;      // parts of the batch, each walks through time without hand-over
   bool own_outer_product;  // weight gradients by our kernel; else by ATen's matrix product

@@ -49,7 +49,8 @@ struct Steps {
 
 /// Forward of one layer and direction for rows [row_begin, row_end):
 ///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
-/// All panels come from `pack`. Nothing is allocated; only y is written.
+/// Weights are given either as panels, made by `pack`, or as they are: packing pays only where many
+/// rows share it. Nothing is allocated; only y is written.
 template <typename T>
 struct ForwardArgs {
   Steps steps;
@@ -59,6 +60,7 @@ struct ForwardArgs {
   Sequence<const T> x;             // [T, B, I]; null: y already holds x * W_ih^T + bias
   const T* w_ih_panels = nullptr;  // pack of W_ih^T [I, H], read only with x
   const T* w_hh_panels = nullptr;  // pack of W_hh^T [H, H]
+  Matrix<const T> w_ih, w_hh;      // [H, I] and [H, H] in place of panels; adjacent columns
   const T* bias = nullptr;         // [padded_columns(H)], zero padded; null: no bias; only with x
   Matrix<const T> hx;              // [B, H] state of a row at its first step; null: zeros
   Matrix<const T> carry;           // [carry_rows, H] state before the first walked step

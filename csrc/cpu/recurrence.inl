@@ -165,11 +165,18 @@ struct Step {
   int64_t I, K;     // columns of x and of s; 0 where there is no product
   Matrix<const T> x, s;
   const T *x_panels, *s_panels;
+  Matrix<const T> w_x, w_s;  // [N, I] and [N, K] in place of panels
   const T* bias;
   Matrix<const T> addend, addend2;
   Matrix<const T> h;
   Matrix<T> out;
 };
+
+template <typename T>
+FASTRNN_INLINE Matrix<T> from_row(Matrix<T> m, int64_t row) {
+  if (m.data != nullptr) m.data += row * m.row_stride;
+  return m;
+}
 
 template <typename Act>
 struct ForwardEpilogue {
@@ -291,6 +298,69 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   }
 }
 
+/// The sum of a vector's lanes.
+template <typename T>
+FASTRNN_INLINE T reduce(Vec<T> v) {
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+/// sums[i] += sum_k a[k] w[i][k] for `count` rows of w: products with weights as they are, for
+/// calls that have too few rows to pay for packing. Four rows share each load of a.
+template <typename T>
+FASTRNN_INLINE void dot_rows(T* sums, int64_t count, const T* a, Matrix<const T> w, int64_t K) {
+  constexpr int kRows = 4;
+  const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
+  for (int64_t i = 0; i < count; i += kRows) {
+    // Past the last row the last one is read again, and its sum dropped.
+    const T* rows[kRows];
+    for (int r = 0; r < kRows; ++r)
+      rows[r] = w.data + (i + r < count ? i + r : count - 1) * w.row_stride;
+    Vec<T> acc[kRows] = {};
+    for (int64_t k = 0; k < whole; k += kLanes<T>) {
+      const Vec<T> b = load<T>(a + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r] += b * load<T>(rows[r] + k);
+    }
+    if (tail != 0) {
+      const Vec<T> b = load_tail<T>(a + whole, tail);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r] += b * load_tail<T>(rows[r] + whole, tail);
+    }
+    for (int r = 0; r < kRows && i + r < count; ++r) sums[i + r] += reduce<T>(acc[r]);
+  }
+}
+
+/// One step, one vector of columns after another, with weights as they are.
+template <typename T, typename Act>
+void run_step_unpacked(const Step<T>& s, bool backwards) {
+  const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const int64_t column = (backwards ? vectors - 1 - i : i) * kLanes<T>;
+    const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
+    const int64_t tail = width % kLanes<T>;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      T sums[kLanes<T>] = {};
+      if (s.I != 0)
+        dot_rows<T>(sums, width, s.x.data + row * s.x.row_stride, from_row(s.w_x, column), s.I);
+      if (s.K != 0)
+        dot_rows<T>(sums, width, s.s.data + row * s.s.row_stride, from_row(s.w_s, column), s.K);
+      Vec<T> acc[1][1] = {{load<T>(sums)}};
+      if (s.bias != nullptr) acc[0][0] += load<T>(s.bias + column);
+      add_rows<T, 1, 1>(acc, s.addend, row, column, tail);
+      const Vec<T> value = Act::template value<T>(acc[0][0]);
+      T* out = s.out.data + row * s.out.row_stride + column;
+      if (tail != 0)
+        store_tail<T>(out, value, tail);
+      else
+        store<T>(out, value);
+    }
+  }
+}
+
 /// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
 /// a near cache while the rows pass.
 template <typename T, typename Epilogue, int V>
@@ -347,12 +417,6 @@ FASTRNN_INLINE Matrix<const T> read_only(Matrix<T> m) {
   return {m.data, m.row_stride};
 }
 
-template <typename T>
-FASTRNN_INLINE Matrix<T> from_row(Matrix<T> m, int64_t row) {
-  if (m.data != nullptr) m.data += row * m.row_stride;
-  return m;
-}
-
 /// Calls body(t, first row, last row, previous state) for every step, in order, with the rows that
 /// go on (previous state: of the step before, or the carry) apart from those that begin here
 /// (previous state absent).
@@ -390,6 +454,7 @@ void forward_loop(const ForwardArgs<T>& a) {
               s.I = a.I;
               s.x = rows_of(a.x, a.steps, t, first);
               s.x_panels = a.w_ih_panels;
+              s.w_x = a.w_ih;
               s.bias = a.bias;
             } else {
               s.addend = read_only(s.out);
@@ -397,7 +462,11 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.s = previous.data ? previous : from_row(a.hx, first);
             s.K = s.s.data ? a.H : 0;
             s.s_panels = a.w_hh_panels;
-            run_step<T, ForwardEpilogue<Act>>(s, t & 1);
+            s.w_s = a.w_hh;
+            if (a.w_hh_panels != nullptr)
+              run_step<T, ForwardEpilogue<Act>>(s, t & 1);
+            else
+              run_step_unpacked<T, Act>(s, t & 1);
           });
 }
 
