@@ -298,39 +298,61 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   }
 }
 
-/// The sum of a vector's lanes.
+/// The sum of a vector's lanes, by halves.
+template <typename T, int Bytes>
+struct Reduction {
+  typedef T Whole __attribute__((vector_size(Bytes)));
+  typedef T Half __attribute__((vector_size(Bytes / 2)));
+  static FASTRNN_INLINE T sum(Whole v) {
+    Half parts[2];
+    __builtin_memcpy(parts, &v, Bytes);
+    if constexpr (Bytes == 4 * sizeof(T))
+      return (parts[0][0] + parts[1][0]) + (parts[0][1] + parts[1][1]);
+    else if constexpr (Bytes == 2 * sizeof(T))
+      return v[0] + v[1];
+    else
+      return Reduction<T, Bytes / 2>::sum(parts[0] + parts[1]);
+  }
+};
+
+/// Rows of a weight that share each load of the vector they are multiplied with.
+constexpr int kDotRows = 4;
+
+/// acc[i] += a * w[i] over K columns, lane by lane, for kDotRows rows of w.
 template <typename T>
-FASTRNN_INLINE T reduce(Vec<T> v) {
-  T lanes[kLanes<T>];
-  store<T>(lanes, v);
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+FASTRNN_INLINE void dot_rows(Vec<T> (&acc)[kDotRows], const T* a, const T* const (&w)[kDotRows],
+                             int64_t K) {
+  const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
+  for (int64_t k = 0; k < whole; k += kLanes<T>) {
+    const Vec<T> b = load<T>(a + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kDotRows; ++r) acc[r] += b * load<T>(w[r] + k);
+  }
+  if (tail == 0) return;
+  const Vec<T> b = load_tail<T>(a + whole, tail);
+#pragma GCC unroll 8
+  for (int r = 0; r < kDotRows; ++r) acc[r] += b * load_tail<T>(w[r] + whole, tail);
 }
 
-/// sums[i] += sum_k a[k] w[i][k] for `count` rows of w: products with weights as they are, for
-/// calls that have too few rows to pay for packing. Four rows share each load of a.
+/// sums[i] = x w_x[i] + s w_s[i] for `count` rows i of the weights from `column` on, as they are:
+/// for calls that have too few rows to pay for packing.
 template <typename T>
-FASTRNN_INLINE void dot_rows(T* sums, int64_t count, const T* a, Matrix<const T> w, int64_t K) {
-  constexpr int kRows = 4;
-  const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
-  for (int64_t i = 0; i < count; i += kRows) {
-    // Past the last row the last one is read again, and its sum dropped.
-    const T* rows[kRows];
-    for (int r = 0; r < kRows; ++r)
-      rows[r] = w.data + (i + r < count ? i + r : count - 1) * w.row_stride;
-    Vec<T> acc[kRows] = {};
-    for (int64_t k = 0; k < whole; k += kLanes<T>) {
-      const Vec<T> b = load<T>(a + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r] += b * load<T>(rows[r] + k);
-    }
-    if (tail != 0) {
-      const Vec<T> b = load_tail<T>(a + whole, tail);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r] += b * load_tail<T>(rows[r] + whole, tail);
-    }
-    for (int r = 0; r < kRows && i + r < count; ++r) sums[i + r] += reduce<T>(acc[r]);
+FASTRNN_INLINE void dot_products(T* sums, const Step<T>& s, int64_t row, int64_t column,
+                                 int64_t count) {
+  for (int64_t i = 0; i < count; i += kDotRows) {
+    Vec<T> acc[kDotRows] = {};
+    const auto add = [&](Matrix<const T> a, Matrix<const T> w, int64_t K) {
+      if (K == 0) return;
+      const T* rows[kDotRows];
+      // Past the last row the last one is read again, and its sum dropped.
+      for (int r = 0; r < kDotRows; ++r)
+        rows[r] = w.data + (column + (i + r < count ? i + r : count - 1)) * w.row_stride;
+      dot_rows<T>(acc, a.data + row * a.row_stride, rows, K);
+    };
+    add(s.x, s.w_x, s.I);
+    add(s.s, s.w_s, s.K);
+    for (int r = 0; r < kDotRows && i + r < count; ++r)
+      sums[i + r] = Reduction<T, FASTRNN_VECTOR_BYTES>::sum(acc[r]);
   }
 }
 
@@ -344,10 +366,7 @@ void run_step_unpacked(const Step<T>& s, bool backwards) {
     const int64_t tail = width % kLanes<T>;
     for (int64_t row = 0; row < s.rows; ++row) {
       T sums[kLanes<T>] = {};
-      if (s.I != 0)
-        dot_rows<T>(sums, width, s.x.data + row * s.x.row_stride, from_row(s.w_x, column), s.I);
-      if (s.K != 0)
-        dot_rows<T>(sums, width, s.s.data + row * s.s.row_stride, from_row(s.w_s, column), s.K);
+      dot_products<T>(sums, s, row, column, width);
       Vec<T> acc[1][1] = {{load<T>(sums)}};
       if (s.bias != nullptr) acc[0][0] += load<T>(s.bias + column);
       add_rows<T, 1, 1>(acc, s.addend, row, column, tail);
