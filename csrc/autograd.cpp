@@ -35,24 +35,30 @@ ForwardResult forward_in_user_layout(const Tensor& input, const OptionalTensor& 
           std::move(layer_outputs)};
 }
 
-/// What the node remembers besides tensors.
-RnnOptions options_of(const AutogradContext& ctx) {
-  const auto& saved = ctx.saved_data;
-  return {saved.at("nonlinearity").toStringView(), saved.at("bias").toBool(),
-          saved.at("num_layers").toInt(), saved.at("bidirectional").toBool()};
-}
-
-/// The saved tensors by name. `participants` are input, hx (may be undefined) and the weights, in
-/// the order of the node's inputs.
+/// What the node remembers: the options in one entry of saved_data, and tensors by name.
+/// `participants` are input, hx (may be undefined) and the weights, in the order of the node's
+/// inputs.
 struct Saved {
+  RnnOptions options;
+  bool batch_first;
   variable_list participants;
   OptionalTensor batch_sizes;
   variable_list layer_outputs;
-  bool batch_first;
 
-  explicit Saved(AutogradContext* ctx) : batch_first(ctx->saved_data.at("batch_first").toBool()) {
+  static void remember(AutogradContext* ctx, const RnnOptions& options, bool batch_first,
+                       variable_list&& tensors) {
+    ctx->save_for_backward(std::move(tensors));
+    ctx->saved_data["options"] =
+        std::vector<int64_t>{options.nonlinearity == "relu", options.bias, options.num_layers,
+                             options.bidirectional, batch_first};
+  }
+
+  explicit Saved(AutogradContext* ctx) {
+    const std::vector<int64_t> saved = ctx->saved_data.at("options").toIntVector();
+    options = {saved[0] ? "relu" : "tanh", saved[1] != 0, saved[2], saved[3] != 0};
+    batch_first = saved[4] != 0;
     variable_list all = ctx->get_saved_variables();
-    const size_t count = ctx->saved_data.at("weights").toInt() + 2;
+    const size_t count = 2 + options.num_layers * options.directions() * options.weights_per_cell();
     participants.assign(all.begin(), all.begin() + count);
     batch_sizes = optional(all[count]);
     layer_outputs.assign(all.begin() + count + 1, all.end());
@@ -62,8 +68,8 @@ struct Saved {
 };
 
 /// First derivative: the hand-written backward.
-variable_list fused_backward(const Saved& saved, const RnnOptions& options,
-                             const variable_list& grads, const std::vector<bool>& needs) {
+variable_list fused_backward(const Saved& saved, const variable_list& grads,
+                             const std::vector<bool>& needs) {
   at::AutoDispatchBelowADInplaceOrView guard;  // nothing here is recorded
   const bool packed = saved.packed(), unbatched = saved.unbatched();
   const auto time_major = [&](const Tensor& t) {
@@ -77,7 +83,7 @@ variable_list fused_backward(const Saved& saved, const RnnOptions& options,
   const at::TensorList weights(saved.participants.data() + 2, saved.participants.size() - 2);
   auto [grad_input, grad_hx, grad_weights] =
       rnn_backward(time_major(grads[0]), with_batch(grads[1]), *time_major(input), with_batch(hx),
-                   weights, saved.batch_sizes, saved.layer_outputs, options, needs);
+                   weights, saved.batch_sizes, saved.layer_outputs, saved.options, needs);
 
   variable_list result(needs.size());
   if (needs[0]) result[0] = from_time_major(grad_input, packed, unbatched, saved.batch_first);
@@ -90,8 +96,9 @@ variable_list fused_backward(const Saved& saved, const RnnOptions& options,
 /// The derivative as a differentiable function: the forward again, by PyTorch's loop, then its
 /// gradient with create_graph. Views stand for the participants, so that a weight which is a
 /// function of another (tied, parametrized) gets its own gradient and no more.
-variable_list differentiable_backward(const Saved& saved, const RnnOptions& options,
-                                      const variable_list& grads, const std::vector<bool>& needs) {
+variable_list differentiable_backward(const Saved& saved, const variable_list& grads,
+                                      const std::vector<bool>& needs) {
+  const RnnOptions& options = saved.options;
   variable_list views;
   for (const Tensor& t : saved.participants) views.push_back(t.defined() ? t.view_as(t) : t);
   const bool unbatched = saved.unbatched();
@@ -161,20 +168,13 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.push_back(batch_sizes.value_or(Tensor()));
     saved.insert(saved.end(), layer_outputs.begin(), layer_outputs.end());
-    ctx->save_for_backward(std::move(saved));
+    Saved::remember(ctx, options, batch_first, std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["nonlinearity"] = std::string(nonlinearity);
-    ctx->saved_data["bias"] = bias;
-    ctx->saved_data["num_layers"] = num_layers;
-    ctx->saved_data["bidirectional"] = bidirectional;
-    ctx->saved_data["batch_first"] = batch_first;
-    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
     return {output, h_n};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Saved saved(ctx);
-    const RnnOptions options = options_of(*ctx);
     // The node's edges: input, hx where given, the weights.
     const bool has_hx = saved.participants[1].defined();
     std::vector<bool> needs(saved.participants.size());
@@ -182,8 +182,8 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
       needs[i] = i == 1 && !has_hx ? false : ctx->needs_input_grad(edge++);
     variable_list result;
     if (grads[0].defined() || grads[1].defined()) {
-      result = at::GradMode::is_enabled() ? differentiable_backward(saved, options, grads, needs)
-                                          : fused_backward(saved, options, grads, needs);
+      result = at::GradMode::is_enabled() ? differentiable_backward(saved, grads, needs)
+                                          : fused_backward(saved, grads, needs);
     } else {
       result.resize(needs.size());
     }

@@ -3,17 +3,32 @@
 // fastrnn._C: loading it registers the operators; its functions say how it was built and what it
 // would do here.
 #include <ATen/Parallel.h>
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
+#include "rnn.h"
 
 namespace py = pybind11;
 
 namespace {
+
+/// The operator fastrnn::rnn, called without torch.ops, whose parsing of the schema costs as much
+/// as a small recurrence.
+std::tuple<at::Tensor, at::Tensor> rnn(const at::Tensor& input, const std::optional<at::Tensor>& hx,
+                                       const std::vector<at::Tensor>& weights,
+                                       const std::optional<at::Tensor>& batch_sizes,
+                                       const std::string& nonlinearity, bool bias,
+                                       int64_t num_layers, bool bidirectional, bool batch_first) {
+  return fastrnn::rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
+                      bidirectional, batch_first);
+}
 
 py::dict build_info() {
   py::dict info;
@@ -49,6 +64,8 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastrnn's operators (torch.ops.fastrnn) and facts about this build.";
+  m.def("rnn", torch::wrap_pybind_function_no_gil(rnn),
+        "torch.ops.fastrnn.rnn for eager calls with positional arguments.");
   m.def("build_info", &build_info, "How this extension was built.");
   m.def(
       "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },

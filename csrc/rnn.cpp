@@ -84,6 +84,16 @@ void check_input_dtype(const Tensor& input, const Tensor& weight) {
                     c10::toString(wanted), ": pass input", cast_method(wanted), ".");
 }
 
+/// "(num_layers * num_directions, batch, hidden_size) = (2, 5, 4)": what hx must be.
+std::string hidden_layout(const RnnOptions& options, bool unbatched, const c10::SymInt& batch,
+                          const c10::SymInt& hidden_size) {
+  const int64_t rows = options.num_layers * options.directions();
+  return unbatched ? c10::str("(num_layers * num_directions, hidden_size) = (", rows, ", ",
+                              hidden_size, ")")
+                   : c10::str("(num_layers * num_directions, batch, hidden_size) = (", rows, ", ",
+                              batch, ", ", hidden_size, ")");
+}
+
 /// hx [L*D, B, H], or [L*D, H] for unbatched input.
 void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batch,
                   const RnnOptions& options, const c10::SymInt& hidden_size, bool unbatched,
@@ -94,13 +104,8 @@ void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batc
   if (!(sizes[0] == rows && sizes[1] == batch && sizes[2] == hidden_size)) {
     TORCH_CHECK(
         false, "Expected hidden size (", rows, ", ", batch, ", ", hidden_size, "), got ",
-        c10::SymIntArrayRef(sizes),
-        unbatched ? ". For this unbatched input hx must be (num_layers * num_directions, "
-                    "hidden_size) = ("
-                  : ". For this input hx must be (num_layers * num_directions, batch, "
-                    "hidden_size) = (",
-        rows, unbatched ? "" : ", ", unbatched ? std::string() : c10::str(batch), ", ", hidden_size,
-        ")",
+        c10::SymIntArrayRef(sizes), ". For this ", unbatched ? "unbatched " : "",
+        "input hx must be ", hidden_layout(options, unbatched, batch, hidden_size),
         batch_first ? ", also with batch_first=True, which applies to input and output only" : "",
         ". hx was ", c10::SymIntArrayRef(hx.sym_sizes()), ".");
   }
@@ -122,8 +127,8 @@ void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input) {
   const int64_t steps = sizes.numel();
   int64_t rows = 0;
   for (int64_t t = 0; t < steps; ++t) {
-    TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
-                "batch_sizes must be positive and must not grow, got ", n[t], " at step ", t,
+    TORCH_CHECK(n[t] >= 0 && (t == 0 || n[t] <= n[t - 1]),
+                "batch_sizes must not be negative and must not grow, got ", n[t], " at step ", t,
                 ": sequences are sorted by decreasing length, as pack_padded_sequence does.");
     TORCH_CHECK(rows + n[t] <= input.size(0), "start (", rows, ") + length (", n[t],
                 ") exceeds dimension size (", input.size(0),
@@ -172,6 +177,20 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
   }
 }
 
+/// Too few and too many are both "more weights" to nn.RNN.
+void check_weight_count(int64_t count, const RnnOptions& options) {
+  const int64_t cells = options.num_layers * options.directions();
+  if (count == cells * options.weights_per_cell()) return;
+  TORCH_CHECK(false,
+              count % options.weights_per_cell() != 0 ? "got an incorrect number of RNN parameters"
+              : options.bidirectional && count / options.weights_per_cell() % 2 != 0
+                  ? "Odd number of params or hiddens given to a bidirectional RNN"
+                  : "Expected more weights in stacked_rnn",
+              ": got ", count, ", but num_layers=", options.num_layers, ", bias=", options.bias,
+              ", bidirectional=", options.bidirectional, " take ",
+              cells * options.weights_per_cell(), ".");
+}
+
 }  // namespace
 
 Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
@@ -187,6 +206,13 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                     "Unknown nonlinearity '", options.nonlinearity,
                     "'. Select from 'tanh' or 'relu'.");
   TORCH_CHECK_VALUE(options.num_layers > 0, "num_layers must be greater than zero");
+  check_weight_count(weights.size(), options);
+  const Tensor &w_ih = weights[0], &w_hh = weights[1];
+  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "w_ih and w_hh must be 2-D, got ", w_ih.dim(),
+              "-D and ", w_hh.dim(), "-D");
+  // Where w_ih and w_hh disagree, the other dimension of w_hh tells which of them is wrong.
+  const c10::SymInt hidden_size = w_hh.sym_size(w_ih.sym_size(0) == w_hh.sym_size(0) ? 0 : 1);
+
   if (packed) {
     TORCH_CHECK_INDEX(batch_sizes->numel() > 0,
                       "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
@@ -195,25 +221,16 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                       "RNN: Expected input to be 2D or 3D, got ", input.dim(),
                       "D tensor instead. Use (T, I) for one sequence, ",
                       batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
-    if (hx.has_value()) {
-      TORCH_CHECK(hx->dim() == input.dim(), "For ", unbatched ? "unbatched 2-D" : "batched 3-D",
-                  " input, hx should also be ", input.dim(), "-D but got ", hx->dim(),
-                  "-D tensor. Its layout is (num_layers * num_directions, ",
-                  unbatched ? "" : "batch, ", "hidden_size).");
-    }
   }
-  const size_t expected_weights =
-      options.num_layers * options.directions() * options.weights_per_cell();
-  TORCH_CHECK(weights.size() >= expected_weights, "Expected more weights in stacked_rnn: got ",
-              weights.size(), ", but num_layers=", options.num_layers, ", bias=", options.bias,
-              ", bidirectional=", options.bidirectional, " take ", expected_weights, ".");
-  TORCH_CHECK(weights.size() == expected_weights, "Expected fewer weights: got ", weights.size(),
-              ", but num_layers=", options.num_layers, ", bias=", options.bias,
-              ", bidirectional=", options.bidirectional, " take ", expected_weights, ".");
-  const Tensor &w_ih = weights[0], &w_hh = weights[1];
-  TORCH_CHECK(w_ih.dim() == 2 && w_hh.dim() == 2, "w_ih and w_hh must be 2-D, got ", w_ih.dim(),
-              "-D and ", w_hh.dim(), "-D");
-
+  const c10::SymInt batch = packed      ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
+                            : unbatched ? c10::SymInt(1)
+                                        : input.sym_size(batch_first ? 0 : 1);
+  if (!packed && hx.has_value()) {
+    TORCH_CHECK(hx->dim() == input.dim(), "For ", unbatched ? "unbatched 2-D" : "batched 3-D",
+                " input, hx should also be ", input.dim(), "-D but got ", hx->dim(),
+                "-D tensor. Its layout is ", hidden_layout(options, unbatched, batch, hidden_size),
+                ".");
+  }
   check_input_dtype(input, w_ih);
   if (packed) {
     TORCH_CHECK(input.dim() == 2, "input must have 2 dimensions, got ", input.dim(),
@@ -223,10 +240,6 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
               "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
               input.sym_size(-1), ". The last dimension of input holds the features.");
   if (packed) check_batch_sizes(*batch_sizes, input);
-  const c10::SymInt hidden_size = w_hh.sym_size(1);
-  const c10::SymInt batch = packed      ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
-                            : unbatched ? c10::SymInt(1)
-                                        : input.sym_size(batch_first ? 0 : 1);
   if (hx.has_value()) {
     TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
                 options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,

@@ -26,6 +26,12 @@ class StockRNN:
     permute_hidden = RNNBase.permute_hidden
 
     def __init__(self, weights: list[Tensor], **options: Any) -> None:
+        for i, weight in enumerate(weights):
+            if weight is None:
+                raise TypeError(
+                    f"expected Tensor as element {i} in argument 2, but got NoneType. Every layer "
+                    "and direction needs w_ih, w_hh and, with bias, b_ih and b_hh."
+                )
         self._flat_weights = weights
         self.mode = "RNN_RELU" if options.pop("nonlinearity") == "relu" else "RNN_TANH"
         self.input_size = weights[0].size(-1)

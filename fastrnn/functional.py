@@ -40,7 +40,7 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     for w in weights:
         if w is None or not w.is_cpu:
             return False
-    return input.layout is torch.strided and weights[0].dtype in _FUSED_DTYPES
+    return input.layout is torch.strided and (not weights or weights[0].dtype in _FUSED_DTYPES)
 
 
 def rnn(
@@ -126,7 +126,7 @@ def packed(input: Any) -> bool:
 
 
 def _rnn(*args: Any) -> tuple[Tensor, Tensor]:
-    return ops.rnn(*args[:-1])  # type: ignore[no-any-return]
+    return ops.rnn(*args[:-1])
 
 
 def _rnn_with_dropout(

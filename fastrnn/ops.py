@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handles to the C++ operators, and what PyTorch's tracers need to know of them.
+"""The C++ operator as a Python function, and what PyTorch's tracers need to know of it.
 
 The schemas are in csrc/library.cpp. A fake kernel returns tensors of the right shape, strides and
 dtype without computing, so that torch.compile keeps each operator as one node of its graph.
@@ -10,12 +10,25 @@ from torch import Tensor
 
 from fastrnn import _extension
 
-_extension.require()
 
-rnn = torch.ops.fastrnn.rnn.default
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call fastrnn::rnn: through torch.ops where a compiler traces, else by the shorter way."""
+    call = torch.ops.fastrnn.rnn.default if torch.compiler.is_compiling() else _extension.C.rnn
+    return call(  # type: ignore[no-any-return]
+        input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional, batch_first
+    )
 
 
-@torch.library.register_fake("fastrnn::rnn_forward")  # type: ignore[untyped-decorator]
 def _rnn_forward_fake(
     input: Tensor,
     hx: Tensor | None,
@@ -43,7 +56,6 @@ def _rnn_forward_fake(
     return output, h_n, kept
 
 
-@torch.library.register_fake("fastrnn::rnn_backward")  # type: ignore[untyped-decorator]
 def _rnn_backward_fake(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -66,3 +78,8 @@ def _rnn_backward_fake(
         gradient(hx, needs[1]),
         [gradient(w, n) for w, n in zip(weights, needs[2:], strict=True)],
     )
+
+
+if _extension.load_error is None:
+    torch.library.register_fake("fastrnn::rnn_forward", _rnn_forward_fake)
+    torch.library.register_fake("fastrnn::rnn_backward", _rnn_backward_fake)

@@ -31,7 +31,11 @@ Tensor accumulator(const Tensor& wanted, at::ScalarType type) {
 
 /// Copies a sum to its destination, unless it was made there.
 void deliver(const Tensor& sum, const Tensor& destination) {
-  if (destination.defined() && !destination.is_same(sum)) destination.copy_(sum);
+  if (!destination.defined() || destination.is_same(sum)) return;
+  if (destination.scalar_type() == sum.scalar_type())
+    copy_contiguous(sum, destination);
+  else
+    destination.copy_(sum);
 }
 
 /// out = a b, or out += a b.

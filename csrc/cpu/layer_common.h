@@ -7,6 +7,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <cstring>
+
 #include "dispatch.h"
 #include "layer.h"
 
@@ -80,6 +82,15 @@ inline Tensor readable(const Tensor& t, at::ScalarType type) {
   if (!t.defined()) return t;
   const Tensor converted = t.scalar_type() == type ? t : t.to(type);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
+}
+
+/// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
+inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
+  constexpr size_t kSmall = 1 << 14;  // bytes; above, at::copy_ uses all threads
+  if (source.nbytes() <= kSmall)
+    std::memcpy(destination.mutable_data_ptr(), source.const_data_ptr(), source.nbytes());
+  else
+    destination.copy_(source);
 }
 
 /// Panels of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight itself.

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "layer.h"
+#include "layer_common.h"
 
 namespace fastrnn {
 
@@ -47,8 +47,11 @@ ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at:
     if (keep) layer_outputs.push_back(y);
     x = y;
   }
+  if (!keep) return {x, h_n, std::move(layer_outputs)};
   // The caller may write to the output before backward, which reads it: it gets its own copy.
-  return {keep ? x.clone() : x, h_n, std::move(layer_outputs)};
+  const Tensor output = at::empty(output_sizes, input.options());
+  cpu::copy_contiguous(x, output);
+  return {output, h_n, std::move(layer_outputs)};
 }
 
 BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,

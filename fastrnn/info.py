@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fastrnn.info [--json]`: what a bug report needs to know of this installation.
+
+Every fact is probed on its own: one that cannot be had is reported as unknown, with the reason,
+and the rest still prints. Exits with 1 if the extension did not load.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastrnn
+from fastrnn import _extension
+
+ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Gather all facts.
+
+    Returns
+    -------
+    dict
+        One entry per line of the report, fit for JSON; None for what is unknown. ``errors`` tells
+        why, by the name of the entry.
+    """
+    report: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    for name, probe in _PROBES.items():
+        try:
+            report[name] = probe()
+        except Exception as error:
+            report[name] = None
+            errors[name] = _describe(error)
+    report["errors"] = errors
+    return report
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as aligned lines, one per fact."""
+    width = max(len(name) for name in report) + 2
+    errors = report["errors"]
+    lines = []
+    for name, value in report.items():
+        if name == "errors":
+            continue
+        text = f"unknown ({errors[name]})" if name in errors else _shown(value)
+        lines.append(f"{name.replace('_', ' '):{width}}{text}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        shown = (f"{key.replace('_', ' ')}: {_shown(v)}" for key, v in value.items())
+        return ", ".join(shown) or "none set"
+    if isinstance(value, list):
+        return "; ".join(map(_shown, value)) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _python() -> str:
+    return f"{platform.python_version()} ({platform.python_implementation()})"
+
+
+def _cpu() -> str:
+    """The model's name: each system keeps it elsewhere."""
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model", "cpu model"):
+                return value.strip()
+    elif sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpus() -> dict[str, Any]:
+    # A container or taskset may leave fewer than the machine has. Linux only.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "of_machine": os.cpu_count(),
+        "usable": len(affinity(0)) if affinity else os.cpu_count(),
+    }
+
+
+def _torch_build() -> list[str]:
+    """The lines of torch's own account, without its compiler flags, which fill a page."""
+    lines = (line.strip().removeprefix("- ") for line in torch.__config__.show().splitlines()[1:])
+    return [line for line in lines if line and not line.startswith("Build settings:")]
+
+
+def _threads() -> dict[str, int]:
+    return {"intraop": torch.get_num_threads(), "interop": torch.get_num_interop_threads()}
+
+
+def _extension_state() -> dict[str, Any]:
+    """Whether fastrnn._C loaded, from where; else why not, and which built files lie there."""
+    if _extension.load_error is None:
+        return {"loaded": True, "file": sys.modules["fastrnn._C"].__file__}
+    directory = Path(fastrnn.__file__).parent
+    built = sorted(p.name for p in directory.glob("_C.*") if p.suffix in (".so", ".pyd"))
+    return {"loaded": False, "error": _describe(_extension.load_error), "files": built}
+
+
+def _build() -> dict[str, Any] | None:
+    if _extension.load_error is not None:
+        return None
+    from fastrnn import _C
+
+    return _C.build_info()
+
+
+def _cpu_capability() -> dict[str, str | None]:
+    """Instruction sets in use; both obey ATEN_CPU_CAPABILITY."""
+    ours = None
+    if _extension.load_error is None:
+        from fastrnn import _C
+
+        ours = _C.cpu_capability()
+    return {"fastrnn": ours, "torch": torch.backends.cpu.get_cpu_capability()}
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
+_PROBES: dict[str, Callable[[], Any]] = {
+    "fastrnn": lambda: fastrnn.__version__,
+    "python": _python,
+    "os": platform.platform,
+    "cpu": _cpu,
+    "cpus": _cpus,
+    "torch": lambda: str(torch.__version__),
+    "torch_build": _torch_build,
+    "torch_cuda": lambda: torch.version.cuda,
+    "gpus": _gpus,
+    "threads": _threads,
+    "extension": _extension_state,
+    "build": _build,
+    "cpu_capability": _cpu_capability,
+    "environment": _environment,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments, in place of the command line's.
+
+    Returns
+    -------
+    int
+        0, or 1 if the extension did not load.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fastrnn.info", description="Bug report facts.")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    args = parser.parse_args(argv)
+    report = collect()
+    print(json.dumps(report, indent=2, default=str) if args.json else as_text(report))
+    return 0 if _extension.load_error is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

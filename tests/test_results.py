@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of fastrnn.RNN gives: hooks, dropout's draws, memory, layout, requires_grad.
+
+Each expectation is read off torch.nn.RNN when the test runs.
+"""
+
+import functools
+
+import pytest
+import torch
+from test_module import close, drawn, loss, pair, run, sequence, tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+FORMS = {
+    "for a batch": {},
+    "for a batch-first batch": {"batch_first": True},
+    "for one sequence": {"batched": False},
+    "for one sequence with batch first": {"batched": False, "batch_first": True},
+    "for packed sequences": {"packed": True},
+    "for a bidirectional batch": {"bidirectional": True},
+    "for bidirectional packed sequences": {"packed": True, "bidirectional": True},
+    "for bidirectional batch first": {"batch_first": True, "bidirectional": True},
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def pair_of_form(form, **options):
+    """A pair and a function that makes new equal arguments (leaves) for it."""
+    form = dict(form)
+    packed, batched = form.pop("packed", False), form.pop("batched", True)
+    modules = pair(**form, **options)
+
+    def arguments(T=5, B=2):
+        generator = torch.Generator().manual_seed(1)
+        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+        states = modules[1].num_layers * (1 + modules[1].bidirectional)
+        hx = (draw(states, B, 4) if batched else draw(states, 4)).requires_grad_()
+        if packed:
+            lengths = [max(T - 1, 1), *[T] * (B - 1)]
+            return pack_sequence([draw(n, 3).requires_grad_() for n in lengths], False), hx
+        shape = ((B, T) if form.get("batch_first") else (T, B)) if batched else (T,)
+        return draw(*shape, 3).requires_grad_(), hx
+
+    return modules, arguments
+
+
+def test_hx_may_be_given_by_keyword():
+    ours, theirs = pair()
+    hx = drawn(torch.empty(1, 2, 4, dtype=torch.float64))
+    close(ours(sequence(), hx=hx), theirs(sequence(), hx))
+    close(ours(hx=hx, input=sequence()), theirs(sequence(), hx))
+
+
+def seen_by_hooks(module, use):
+    seen = []
+    module.register_forward_hook(lambda m, inputs, results: seen.append([inputs, results]))
+    module.register_full_backward_hook(lambda m, inputs, results: seen.append([inputs, results]))
+    x = sequence().requires_grad_()
+    hx = torch.ones(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    (use(module(x, hx)) ** 2).sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["when only output is used", "when only h_n is used"])
+def test_forward_and_full_backward_hooks_see_what_they_see_on_nn_rnn(used):
+    ours, theirs = (seen_by_hooks(module, lambda results: results[used]) for module in pair())
+    assert len(theirs) == 2
+    close(ours, theirs)
+
+
+def test_batch_first_dropout_and_mode_may_change_later():
+    results = []
+    for module in pair(num_layers=2):
+        module.batch_first, module.dropout, module.mode = True, 0.5, "RNN_RELU"
+        torch.manual_seed(5)
+        results.append(run(module, sequence()))
+    close(*results)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "p, training",
+    [(0.4, True), (1.0, True), (0.4, False)],
+    ids=["in training", "with probability one", "in eval mode"],
+)
+def test_dropout_makes_the_draws_of_nn_rnn_and_no_others(form, p, training):
+    modules, arguments = pair_of_form(form, num_layers=3, dropout=p)
+    results, states = [], []
+    for module in modules:
+        torch.manual_seed(5)
+        results.append(run(module.train(training), *arguments()))
+        states.append(torch.get_rng_state())
+    close(*results)
+    assert torch.equal(*states)
+
+
+@every_form
+@pytest.mark.parametrize("T, B", [(1, 1), (5, 2)], ids=["one step of one sequence", "five steps"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "under no_grad"])
+def test_results_share_memory_with_nothing(form, T, B, recorded):
+    (module, _), arguments = pair_of_form(form)
+    x, hx = arguments(T, B)
+    with torch.set_grad_enabled(recorded):
+        output, h_n = module(x, hx)
+    tensors = [tensor(output), h_n, tensor(x), hx, *module.parameters()]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+
+
+@every_form
+@pytest.mark.parametrize("which", [0, 1], ids=["output edited", "h_n edited"])
+def test_result_may_be_edited_in_place_before_backward(form, which):
+    modules, arguments = pair_of_form(form, num_layers=2)
+    gradients = []
+    for module in modules:
+        x, hx = arguments()
+        results = module(x, hx)
+        tensor(results[which]).mul_(3)
+        value = loss(*results)
+        tensor(results[which]).detach().zero_()
+        gradients.append(torch.autograd.grad(value, [tensor(x), hx, *module.parameters()]))
+    close(*gradients)
+
+
+def gradients_after_editing(module, which):
+    x = sequence().requires_grad_()
+    hx = torch.ones(2, 2, 4, dtype=torch.float64, requires_grad=True)
+    leaves = {"input": x, "hx": hx, **dict(module.named_parameters())}
+    value = loss(*module(x, hx))
+    leaves[which].detach().mul_(2)
+    try:
+        return torch.autograd.grad(value, list(leaves.values()))
+    except RuntimeError as error:
+        assert "inplace" in str(error)
+        return "refused"
+
+
+@pytest.mark.parametrize("which", ["input", "hx", "weight_ih_l1", "weight_hh_l0"])
+def test_argument_edited_before_backward_is_refused_as_nn_rnn_refuses_it(which):
+    ours, theirs = (gradients_after_editing(module, which) for module in pair(num_layers=2))
+    assert ours == theirs == "refused"
+
+
+def test_bias_edited_before_backward_is_refused_since_the_second_derivative_reads_it():
+    ours, theirs = (gradients_after_editing(m, "bias_hh_l0") for m in pair(num_layers=2))
+    assert ours == "refused"
+    assert theirs != "refused"
+
+
+@every_form
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "under no_grad"])
+def test_results_have_the_strides_of_nn_rnns_results(form, recorded):
+    modules, arguments = pair_of_form(form, num_layers=2)
+    with torch.set_grad_enabled(recorded):
+        results = [module(*arguments()) for module in modules]
+    ours, theirs = ([tensor(t).stride() for t in result] for result in results)
+    assert ours == theirs
+    assert results[0][1].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "learning",
+    [[], ["input"], ["hx"], ["weight_ih_l0"], ["bias_hh_l1"], ["hx", "weight_hh_l1"]],
+    ids=lambda names: " and ".join(names) or "nothing",
+)
+def test_only_what_asks_for_a_gradient_gets_one(learning):
+    outcomes = []
+    for module in pair(num_layers=2):
+        leaves = {"input": sequence(), "hx": torch.ones(2, 2, 4, dtype=torch.float64)}
+        leaves |= dict(module.requires_grad_(False).named_parameters())
+        for name in learning:
+            leaves[name].requires_grad_()
+        results = module(leaves["input"], leaves["hx"])
+        outcomes.append([result.requires_grad for result in results])
+        if learning:
+            loss(*results).backward()
+        outcomes[-1] += [leaf.grad for leaf in leaves.values()]
+    close(*outcomes)
+
+
+def test_inference_mode_gives_inference_tensors():
+    with torch.inference_mode():
+        results = pair()[0](sequence())
+    assert all(result.is_inference() for result in results)
+
+
+@every_form
+def test_meta_module_gives_the_meta_results_of_nn_rnn(form):
+    modules, arguments = pair_of_form(form, num_layers=2)
+    x, hx = arguments()
+    if isinstance(x, PackedSequence):
+        x = x._replace(data=x.data.detach().to("meta"))
+        x = x._replace(sorted_indices=None, unsorted_indices=None)
+    else:
+        x = x.detach().to("meta")
+    described = []
+    for module in modules:
+        output, h_n = module.to("meta")(x, hx.detach().to("meta"))
+        described.append([(t.device, t.dtype, t.shape, t.stride()) for t in (tensor(output), h_n)])
+    assert described[0] == described[1]
