@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One step of the recurrence: a row of register tiles over packed weights, or dot products with
+// weights as they are. Part of recurrence.inl.
+
+namespace {
+
+/// out = f( bias + addend + addend2 + x * W_x + s * M ) for `rows` rows. In backward `h` is the
+/// layer's output and the result is multiplied by f'(h) instead.
+template <typename T>
+struct Step {
+  int64_t rows, N;  // N: columns of out
+  int64_t I, K;     // columns of x and of s; 0 where there is no product
+  Matrix<const T> x, s;
+  const T *x_panels, *s_panels;
+  Matrix<const T> w_x, w_s;  // [N, I] and [N, K] in place of panels
+  const T* bias;
+  Matrix<const T> addend, addend2;
+  Matrix<const T> h;
+  Matrix<T> out;
+};
+
+template <typename T>
+FASTRNN_INLINE Matrix<T> from_row(Matrix<T> m, int64_t row) {
+  if (m.data != nullptr) m.data += row * m.row_stride;
+  return m;
+}
+
+template <typename Act>
+struct ForwardEpilogue {
+  template <typename T>
+  static FASTRNN_INLINE Vec<T> apply(Vec<T> sum, Vec<T>) {
+    return Act::template value<T>(sum);
+  }
+  static constexpr bool kReadsOutput = false;
+};
+
+template <typename Act>
+struct BackwardEpilogue {
+  template <typename T>
+  static FASTRNN_INLINE Vec<T> apply(Vec<T> sum, Vec<T> h) {
+    return Act::template gradient<T>(h, sum);
+  }
+  static constexpr bool kReadsOutput = true;
+};
+
+/// acc[r][v] += sum_k a[r][k] * panel[k][v]: the inner loop of everything.
+template <typename T, int R, int V>
+FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
+                             const T* panel) {
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> b[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T scalar = a[r * row_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += scalar * b[v];
+    }
+    panel += V * kLanes<T>;
+  }
+}
+
+/// A single row has too few accumulators to hide the latency of the multiply-add: four independent
+/// sums over k.
+template <typename T, int V>
+FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, const T* panel) {
+  constexpr int kSums = 4;
+  Vec<T> part[kSums][V] = {};
+  int64_t k = 0;
+  for (; k + kSums <= K; k += kSums) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) part[j][v] += a[k + j] * load<T>(panel + (j * V + v) * kLanes<T>);
+    }
+    panel += kSums * V * kLanes<T>;
+  }
+  multiply<T, 1, V>(acc, a + k, 0, K - k, panel);
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
+}
+
+/// Terms that are added one after another: longer sums are sums of such parts, which keeps their
+/// rounding error near that of a blocked matrix product.
+constexpr int64_t kTerms = 128;
+
+template <typename T, int R, int V>
+FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t K, int64_t row,
+                                const T* panel) {
+  const T* first = a.data + row * a.row_stride;
+  if constexpr (R == 1) {
+    if (K >= 4) return multiply_row<T, V>(acc, first, K, panel);
+  }
+  for (; K > kTerms; K -= kTerms) {
+    Vec<T> part[R][V] = {};
+    multiply<T, R, V>(part, first, a.row_stride, kTerms, panel);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
+    }
+    first += kTerms;
+    panel += kTerms * V * kLanes<T>;
+  }
+  multiply<T, R, V>(acc, first, a.row_stride, K, panel);
+}
+
+template <typename T, int R, int V>
+FASTRNN_INLINE void add_rows(Vec<T> (&acc)[R][V], Matrix<const T> m, int64_t row, int64_t column,
+                             int64_t tail) {
+  if (m.data == nullptr) return;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const T* p = m.data + (row + r) * m.row_stride + column;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const bool partial = v == V - 1 && tail != 0;
+      acc[r][v] += partial ? load_tail<T>(p + v * kLanes<T>, tail) : load<T>(p + v * kLanes<T>);
+    }
+  }
+}
+
+/// One register tile: R rows by V vectors, columns from `column`. `tail` is the number of columns
+/// in the last vector where that is not full, else 0: full-width stores are never masked, because
+/// a masked store does not forward to the next step's loads.
+template <typename T, typename Epilogue, int R, int V>
+void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
+  Vec<T> acc[R][V] = {};
+  if (s.bias != nullptr) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> b = load<T>(s.bias + column + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][v] = b;
+    }
+  }
+  add_rows<T, R, V>(acc, s.addend, row, column, tail);
+  add_rows<T, R, V>(acc, s.addend2, row, column, tail);
+  // Panels before this one are full, so their total width is `column`.
+  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
+  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
+
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    T* out = s.out.data + (row + r) * s.out.row_stride + column;
+    const T* h = Epilogue::kReadsOutput ? s.h.data + (row + r) * s.h.row_stride + column : nullptr;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const bool partial = v == V - 1 && tail != 0;
+      Vec<T> value = {};
+      if (Epilogue::kReadsOutput)
+        value = partial ? load_tail<T>(h + v * kLanes<T>, tail) : load<T>(h + v * kLanes<T>);
+      value = Epilogue::template apply<T>(acc[r][v], value);
+      if (partial)
+        store_tail<T>(out + v * kLanes<T>, value, tail);
+      else
+        store<T>(out + v * kLanes<T>, value);
+    }
+  }
+}
+
+/// The sum of a vector's lanes, by halves.
+template <typename T, int Bytes>
+struct Reduction {
+  typedef T Whole __attribute__((vector_size(Bytes)));
+  typedef T Half __attribute__((vector_size(Bytes / 2)));
+  static FASTRNN_INLINE T sum(Whole v) {
+    Half parts[2];
+    __builtin_memcpy(parts, &v, Bytes);
+    if constexpr (Bytes == 4 * sizeof(T))
+      return (parts[0][0] + parts[1][0]) + (parts[0][1] + parts[1][1]);
+    else if constexpr (Bytes == 2 * sizeof(T))
+      return v[0] + v[1];
+    else
+      return Reduction<T, Bytes / 2>::sum(parts[0] + parts[1]);
+  }
+};
+
+/// Rows of a weight that share each load of the vector they are multiplied with.
+constexpr int kDotRows = 4;
+
+/// acc[i] += a * w[i] over K columns, lane by lane, for kDotRows rows of w.
+template <typename T>
+FASTRNN_INLINE void dot_rows(Vec<T> (&acc)[kDotRows], const T* a, const T* const (&w)[kDotRows],
+                             int64_t K) {
+  const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
+  for (int64_t k = 0; k < whole; k += kLanes<T>) {
+    const Vec<T> b = load<T>(a + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kDotRows; ++r) acc[r] += b * load<T>(w[r] + k);
+  }
+  if (tail == 0) return;
+  const Vec<T> b = load_tail<T>(a + whole, tail);
+#pragma GCC unroll 8
+  for (int r = 0; r < kDotRows; ++r) acc[r] += b * load_tail<T>(w[r] + whole, tail);
+}
+
+/// sums[i] = x w_x[i] + s w_s[i] for `count` rows i of the weights from `column` on, as they are:
+/// for calls that have too few rows to pay for packing.
+template <typename T>
+FASTRNN_INLINE void dot_products(T* sums, const Step<T>& s, int64_t row, int64_t column,
+                                 int64_t count) {
+  for (int64_t i = 0; i < count; i += kDotRows) {
+    Vec<T> acc[kDotRows] = {};
+    const auto add = [&](Matrix<const T> a, Matrix<const T> w, int64_t K) {
+      if (K == 0) return;
+      const T* rows[kDotRows];
+      // Past the last row the last one is read again, and its sum dropped.
+      for (int r = 0; r < kDotRows; ++r)
+        rows[r] = w.data + (column + (i + r < count ? i + r : count - 1)) * w.row_stride;
+      dot_rows<T>(acc, a.data + row * a.row_stride, rows, K);
+    };
+    add(s.x, s.w_x, s.I);
+    add(s.s, s.w_s, s.K);
+    for (int r = 0; r < kDotRows && i + r < count; ++r)
+      sums[i + r] = Reduction<T, FASTRNN_VECTOR_BYTES>::sum(acc[r]);
+  }
+}
+
+/// One step, one vector of columns after another, with weights as they are.
+template <typename T, typename Act>
+void run_step_unpacked(const Step<T>& s, bool backwards) {
+  const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
+  for (int64_t i = 0; i < vectors; ++i) {
+    const int64_t column = (backwards ? vectors - 1 - i : i) * kLanes<T>;
+    const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
+    const int64_t tail = width % kLanes<T>;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      T sums[kLanes<T>] = {};
+      dot_products<T>(sums, s, row, column, width);
+      Vec<T> acc[1][1] = {{load<T>(sums)}};
+      if (s.bias != nullptr) acc[0][0] += load<T>(s.bias + column);
+      add_rows<T, 1, 1>(acc, s.addend, row, column, tail);
+      const Vec<T> value = Act::template value<T>(acc[0][0]);
+      T* out = s.out.data + row * s.out.row_stride + column;
+      if (tail != 0)
+        store_tail<T>(out, value, tail);
+      else
+        store<T>(out, value);
+    }
+  }
+}
+
+/// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
+/// a near cache while the rows pass.
+template <typename T, typename Epilogue, int V>
+void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
+  int64_t row = 0;
+  for (; row + FASTRNN_TILE_ROWS <= s.rows; row += FASTRNN_TILE_ROWS)
+    tile<T, Epilogue, FASTRNN_TILE_ROWS, V>(s, row, column, tail);
+  for (; row + 4 <= s.rows; row += 4) tile<T, Epilogue, 4, V>(s, row, column, tail);
+  for (; row + 2 <= s.rows; row += 2) tile<T, Epilogue, 2, V>(s, row, column, tail);
+  if (row < s.rows) tile<T, Epilogue, 1, V>(s, row, column, tail);
+}
+
+/// One step, panel by panel. Odd steps walk the panels backwards: what the last step left in the
+/// cache is used first.
+template <typename T, typename Epilogue>
+void run_step(const Step<T>& s, bool backwards) {
+  const int64_t panels = (s.N + kPanel<T> - 1) / kPanel<T>;
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t column = (backwards ? panels - 1 - i : i) * kPanel<T>;
+    const int64_t width = s.N - column < kPanel<T> ? s.N - column : kPanel<T>;
+    const int64_t vectors = (width + kLanes<T> - 1) / kLanes<T>;
+    const int64_t tail = width % kLanes<T>;
+    switch (vectors) {
+      case 1:
+        panel_rows<T, Epilogue, 1>(s, column, tail);
+        break;
+#if FASTRNN_TILE_VECTORS > 2
+      case 2:
+        panel_rows<T, Epilogue, 2>(s, column, tail);
+        break;
+      case 3:
+        panel_rows<T, Epilogue, 3>(s, column, tail);
+        break;
+#endif
+      default:
+        panel_rows<T, Epilogue, FASTRNN_TILE_VECTORS>(s, column, tail);
+    }
+  }
+}
+
+}  // namespace

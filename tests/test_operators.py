@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every case of the grid, forward and backward, against torch.nn.RNN and against the reference."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+import fastrnn
+from fastrnn import reference, testing
+
+GRID = testing.grid()
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+every_case = pytest.mark.parametrize("case", GRID, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@lru_cache(maxsize=1)  # the dtypes of one case follow one another
+def exact(case, dtype):
+    """A float64 run on the numbers that `dtype` can hold."""
+    module = case.module(torch.nn.RNN, dtype).double()
+    return testing.run(module, case, dtype)
+
+
+@every_dtype
+@every_case
+def test_results_and_gradients_are_as_accurate_as_nn_rnns(case, dtype):
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
+    if case.nonlinearity == "relu" and dtype.itemsize == 2:
+        # A state that rounds to the other side of relu's kink changes a gradient by all of it, in
+        # either library. At given states, gradients are compared below.
+        ours = {name: ours[name] for name in ("output", "h_n")}
+        theirs = {name: theirs[name] for name in ours}
+    testing.assert_as_accurate(ours, theirs, exact(case, dtype), dtype)
+
+
+class OperatorCall:
+    """The arguments of rnn_forward and rnn_backward for a case, and of the reference."""
+
+    def __init__(self, case, dtype):
+        inputs, hx = case.arguments(dtype)
+        self.batch_sizes = None
+        if case.lengths:
+            packed = pack_sequence(inputs, enforce_sorted=False)
+            self.input, self.batch_sizes = packed.data, packed.batch_sizes
+            self.sizes = packed.batch_sizes.tolist()
+            hx = hx if hx is None else hx[:, packed.sorted_indices]
+        else:
+            x = inputs[0].unsqueeze(1) if case.unbatched else inputs[0]
+            self.input = x.transpose(0, 1) if case.batch_first and not case.unbatched else x
+            self.sizes = [self.input.size(1)] * self.input.size(0)
+            hx = hx.unsqueeze(1) if case.unbatched and hx is not None else hx
+        self.hx = hx
+        self.weights = [w.detach() for w in case.module(fastrnn.RNN, dtype).parameters()]
+        self.options = (case.nonlinearity, case.bias, case.num_layers, case.bidirectional)
+        self.named = {n: getattr(case, n) for n in ("nonlinearity", "bias", "bidirectional")}
+
+    def forward(self):
+        return torch.ops.fastrnn.rnn_forward(
+            self.input, self.hx, self.weights, self.batch_sizes, *self.options, True
+        )
+
+    def backward(self, grad_output, grad_h_n, layer_outputs):
+        return torch.ops.fastrnn.rnn_backward(
+            grad_output, grad_h_n, self.input, self.hx, self.weights, self.batch_sizes,
+            layer_outputs, *self.options, [True] * (len(self.weights) + 2),
+        )  # fmt: skip
+
+    def exact_arguments(self, h_n):
+        """The reference's: rows, hx and weights in float64."""
+        rows = self.input.double().reshape(-1, self.input.size(-1))
+        hx = torch.zeros_like(h_n) if self.hx is None else self.hx
+        return rows, hx.double(), [w.double() for w in self.weights], self.sizes
+
+
+@every_case
+def test_forward_is_the_references(case):
+    call = OperatorCall(case, torch.float64)
+    output, h_n, layer_outputs = call.forward()
+    y, h, outputs = reference.rnn(*call.exact_arguments(h_n), **call.named)
+    for ours, theirs in [(output, y), (h_n, h), *zip(layer_outputs, outputs, strict=True)]:
+        error = testing.relative_error(ours.reshape(theirs.shape), theirs)
+        assert error < testing.FLOAT64_DIFFERENCE
+
+
+@every_dtype
+@every_case
+def test_backward_is_the_references_at_the_same_states(case, dtype):
+    call = OperatorCall(case, dtype)
+    output, h_n, layer_outputs = call.forward()
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype)
+             for t in (output, h_n)]  # fmt: skip
+    with testing.poisoned_memory():
+        grad_input, grad_hx, grad_weights = call.backward(*grads, layer_outputs)
+    exact = reference.rnn_backward(
+        grads[0].double().reshape(-1, output.size(-1)), grads[1].double(),
+        *call.exact_arguments(h_n),
+        [y.double().reshape(-1, y.size(-1)) for y in layer_outputs], **call.named,
+    )  # fmt: skip
+    # Each gradient, and each between two layers, is rounded once; float32 sums drift a little more.
+    allowed = {torch.float64: testing.FLOAT64_DIFFERENCE, torch.float32: 1e-6}
+    ours = named(grad_input.reshape(exact.input.shape), grad_hx, grad_weights)
+    right = testing.grouped(named(*exact))
+    for name, value in testing.grouped(ours).items():
+        error = testing.relative_error(value.double(), right[name])
+        assert error < allowed.get(dtype, torch.finfo(dtype).eps), name
+
+
+def named(grad_input, grad_hx, grad_weights):
+    return {"input": grad_input, "hx": grad_hx} | {str(i): w for i, w in enumerate(grad_weights)}
+
+
+@pytest.mark.parametrize("case", GRID[::7], ids=str)
+def test_nothing_uninitialised_is_read(case):
+    call = OperatorCall(case, torch.float32)
+    clean = call.forward()
+    with testing.poisoned_memory():
+        poisoned = call.forward()
+    for a, b in zip([*clean[:2], *clean[2]], [*poisoned[:2], *poisoned[2]], strict=True):
+        assert torch.equal(a, b)
