@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the cases, each with its reason, and one call of a class in a mode.
+
+A new case is one line in `CASES`; everything else reads that list.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fastrnn
+from fastrnn.testing import Case
+
+#: What is compared, by its name in results.
+CLASSES: dict[str, Any] = {"nn_rnn": torch.nn.RNN, "fastrnn": fastrnn.RNN}
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCase(Case):
+    """A call of an RNN as in the tests, with its name, its dtype and why it is measured.
+
+    With `lengths`, `T` and `B` are the longest and the number of the packed sequences.
+    """
+
+    name: str
+    reason: str
+    dtype: torch.dtype = torch.float32
+
+    def step(self, class_name: str, mode: str) -> Callable[[], None]:
+        """Make the function that is measured: one inference, or one step of training.
+
+        Parameters
+        ----------
+        class_name : str
+            A key of `CLASSES`.
+        mode : str
+            ``"inference"``: the forward pass, which the caller runs under `torch.inference_mode`.
+            ``"training"``: forward, backward from a fixed gradient of the output, gradients back
+            to None. The input needs no gradient.
+
+        Returns
+        -------
+        callable
+            Weights, input and the output's gradient are made here, not in the call.
+        """
+        module = self.module(CLASSES[class_name], self.dtype).train(mode == "training")
+        inputs, _ = self.arguments(self.dtype)
+        x = pack_sequence(inputs, enforce_sorted=False) if self.lengths else inputs[0]
+
+        def infer() -> None:
+            module(x)
+
+        if mode == "inference":
+            return infer
+
+        with torch.no_grad():
+            like = numbers(module(x)[0])
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(like.shape, generator=generator).to(like.dtype)
+
+        def train() -> None:
+            output, _ = module(x)
+            torch.autograd.backward(numbers(output), cotangent)
+            module.zero_grad(set_to_none=True)
+
+        return train
+
+
+def numbers(output: Tensor | PackedSequence) -> Tensor:
+    """The tensor of an output, packed or not."""
+    return output.data if isinstance(output, PackedSequence) else output
+
+
+def by_name(name: str) -> BenchmarkCase:
+    """The case of this name.
+
+    Raises
+    ------
+    KeyError
+        If there is none.
+    """
+    return {case.name: case for case in CASES}[name]
+
+
+CASES = [
+    BenchmarkCase(9, 1, 1, 1, name="tiny", reason="the example by hand: bookkeeping alone"),
+    BenchmarkCase(100, 1, 1, 1, name="scalar", reason="the cost of a step without arithmetic"),
+    BenchmarkCase(50, 32, 2, 16, name="small", reason="few features"),
+    BenchmarkCase(1, 1, 64, 64, name="one-step", reason="streaming: one step in each call"),
+    BenchmarkCase(1000, 1, 64, 64, name="long", reason="one long sequence: the latency of a step"),
+    BenchmarkCase(1000, 16, 32, 32, name="long-batch", reason="a small batch of long sequences"),
+    BenchmarkCase(100, 32, 64, 64, name="medium-64", reason="common size, weights of 16 KB"),
+    BenchmarkCase(100, 1, 128, 128, name="row-128", reason="one sequence, weights of 64 KB"),
+    BenchmarkCase(100, 32, 128, 128, name="medium-128", reason="common size, weights of 64 KB"),
+    BenchmarkCase(20, 32, 2, 32, name="dc-motor", reason="the shape of the example",
+                  nonlinearity="relu", batch_first=True),
+    BenchmarkCase(100, 64, 256, 256, name="large-256", reason="products begin to dominate"),
+    BenchmarkCase(100, 1, 256, 256, name="row-256", reason="one sequence, weights of 256 KB"),
+    BenchmarkCase(100, 1, 512, 512, name="row-512", reason="reads 1 MB of weights in each step"),
+    BenchmarkCase(50, 64, 512, 512, name="large-512", reason="bound by arithmetic"),
+    BenchmarkCase(20, 1, 1024, 1024, name="row-1024", reason="reads 4 MB of weights in each step"),
+    BenchmarkCase(30, 64, 1024, 1024, name="large-1024", reason="PyTorch's BLAS at its best"),
+    BenchmarkCase(10, 1024, 1, 16, name="wide-batch", reason="many short series of one feature",
+                  nonlinearity="relu"),
+    BenchmarkCase(100, 32, 128, 128, name="stacked", reason="layers and directions",
+                  num_layers=2, bidirectional=True),
+    BenchmarkCase(100, 32, 64, 64, name="packed", reason="sequences of unequal length",
+                  lengths=tuple(round(10 + 90 * i / 31) for i in range(32))),
+    BenchmarkCase(100, 32, 64, 64, name="float64", reason="half as many numbers in a vector",
+                  dtype=torch.float64),
+    BenchmarkCase(100, 32, 128, 128, name="bfloat16", reason="16 bits, computed in float32",
+                  dtype=torch.bfloat16),
+    BenchmarkCase(50, 16, 64, 64, name="float16", reason="16 bits, computed in float32",
+                  dtype=torch.float16),
+]  # fmt: skip

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate before every measurement: no speed-up is reported for wrong results.
+
+Results of fastrnn.RNN and torch.nn.RNN, with the same weights, are both measured against a float64
+run by `fastrnn.testing.assert_as_accurate`, whose tolerances hold here too.
+"""
+
+from typing import Any
+
+import torch
+from cases import BenchmarkCase, numbers
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import fastrnn
+from fastrnn import testing
+
+
+def failure(case: BenchmarkCase, cls: Any = fastrnn.RNN) -> str | None:
+    """Compare training and inference of `cls` with torch.nn.RNN's.
+
+    Parameters
+    ----------
+    case : BenchmarkCase
+        What to run.
+    cls : type
+        The class that is to be measured.
+
+    Returns
+    -------
+    str or None
+        What is wrong, an exception included; None if nothing is.
+    """
+    try:
+        theirs, ours = (case.module(c, case.dtype) for c in (torch.nn.RNN, cls))
+        exact = case.module(torch.nn.RNN, case.dtype).double()
+        testing.assert_as_accurate(
+            results(ours, case), results(theirs, case), results(exact, case), case.dtype
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def results(module: Any, case: BenchmarkCase) -> dict[str, Tensor]:
+    """Everything that the measured calls compute, by name: results, gradients, inference's own."""
+    own = next(module.parameters()).dtype
+    inputs = [x.to(own) for x in case.arguments(case.dtype)[0]]
+    x = pack_sequence(inputs, enforce_sorted=False) if case.lengths else inputs[0]
+    with torch.inference_mode():
+        output, h_n = module(x)
+        inferred = {"inference_output": numbers(output), "inference_h_n": h_n}
+        inferred = {name: tensor.double() for name, tensor in inferred.items()}
+    return testing.run(module, case, case.dtype) | inferred

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python benchmarks/table.py [JSON]`: write the README's table from results.
+
+The newest complete results in benchmarks/results/ are taken if none are named. `--check` writes
+nothing and exits with 1 if the README has another table. Losses stay in.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+COLUMNS = ["(T, B, I, H)", "", "nn.RNN inference", "fastrnn", "speed-up"]
+COLUMNS += ["nn.RNN training", "fastrnn", "speed-up", "memory"]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The caption and the table, in Markdown."""
+    header = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'--:|' * (len(COLUMNS) - 2)}"]
+    return "\n".join([caption(report), "", *header, *map(row, report["cases"])])
+
+
+def caption(report: dict[str, Any]) -> str:
+    """Where and with what the numbers were measured, and what the columns are."""
+    machine, versions, commit = report["machine"], report["versions"], report["commit"]
+    threads = "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    source = f"commit {commit['hash'][:10]}" if commit else "no commit"
+    source += " with changes" if commit and commit["dirty"] else ""
+    return (
+        f"{machine['cpu']}, {machine['capability']['fastrnn']}, {threads}; "
+        f"fastrnn {versions['fastrnn']}, torch {versions['torch']}, Python {versions['python']}; "
+        f"{source}; {report['date'][:10]}. Median time of a call; training is forward and "
+        "backward; memory is fastrnn's peak in training divided by nn.RNN's."
+    )
+
+
+def row(entry: dict[str, Any]) -> str:
+    """One line of the table; nothing but the gate's verdict where results are wrong."""
+    spec = entry["spec"]
+    cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
+    if entry["gate"] is not None:
+        return f"| {' | '.join([*cells, 'wrong results', *[''] * 6])} |"
+    for mode in ("inference", "training"):
+        numbers = entry["modes"][mode]
+        cells += [duration(numbers["nn_rnn_us"]), duration(numbers["fastrnn_us"])]
+        cells.append(f"{numbers['speedup']:.2f}")
+    training = entry["modes"]["training"]
+    measured = "fastrnn_peak_bytes" in training
+    ratio = training["fastrnn_peak_bytes"] / training["nn_rnn_peak_bytes"] if measured else None
+    cells.append("–" if ratio is None else f"{ratio:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def extras(spec: dict[str, Any]) -> str:
+    """What differs from one forward layer of tanh in float32."""
+    words = [spec["dtype"]] if spec["dtype"] != "float32" else []
+    words += [spec["nonlinearity"]] if spec["nonlinearity"] != "tanh" else []
+    words += [f"{spec['num_layers']} layers"] if spec["num_layers"] > 1 else []
+    words += [name for name in ("bidirectional", "batch_first") if spec[name]]
+    lengths = spec["lengths"]
+    words += [f"packed, lengths {min(lengths)} to {max(lengths)}"] if lengths else []
+    return ", ".join(words)
+
+
+def duration(microseconds: float) -> str:
+    """Three digits and a unit."""
+    rounded = float(f"{microseconds:.3g}")
+    units = ((1e0, "µs"), (1e3, "ms"), (1e6, "s"))
+    factor, unit = max((f, u) for f, u in units if rounded >= f or f == 1)
+    return f"{rounded / factor:g} {unit}"
+
+
+def newest() -> dict[str, Any] | None:
+    """The latest complete results of a CPU, by the date in them; None if there are none."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    reports = [r for r in reports if r.get("device") == "cpu" and r.get("complete")]
+    return max(reports, key=lambda report: str(report["date"]), default=None)
+
+
+def updated(readme: str, report: dict[str, Any] | None) -> str:
+    """The README's text with this table, or with none.
+
+    Raises
+    ------
+    ValueError
+        If there is not one place for it.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the table's place is one line {BEGIN}, one line {END}")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    content = f"\n\n{render(report)}\n\n" if report else "\n"
+    return f"{before}{BEGIN}{content}{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the table, or check it.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments, in place of the command line's.
+
+    Returns
+    -------
+    int
+        0, or 1 if `--check` finds another table.
+    """
+    parser = argparse.ArgumentParser(description="Write the README's table of benchmarks.")
+    parser.add_argument("json", nargs="?", type=Path, help="results (default: the newest)")
+    parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH")
+    args = parser.parse_args(argv)
+    report = json.loads(args.json.read_text(encoding="utf-8")) if args.json else newest()
+    old = args.readme.read_text(encoding="utf-8")
+    new = updated(old, report)
+    if not args.check:
+        args.readme.write_text(new, encoding="utf-8")
+    elif new != old:
+        print("README.md has not the table of the newest results: run benchmarks/table.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
