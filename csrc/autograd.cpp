@@ -35,9 +35,8 @@ ForwardResult forward_in_user_layout(const Tensor& input, const OptionalTensor& 
           std::move(layer_outputs)};
 }
 
-/// What the node remembers: the options in one entry of saved_data, and tensors by name.
-/// `participants` are input, hx (may be undefined) and the weights, in the order of the node's
-/// inputs.
+/// What the node remembers. `participants` are input, hx (may be undefined) and the weights, in the
+/// order of the node's inputs.
 struct Saved {
   RnnOptions options;
   bool batch_first;
@@ -46,7 +45,15 @@ struct Saved {
   variable_list layer_outputs;
 
   static void remember(AutogradContext* ctx, const RnnOptions& options, bool batch_first,
-                       variable_list&& tensors) {
+                       const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                       const OptionalTensor& batch_sizes, at::TensorList layer_outputs) {
+    variable_list tensors;
+    tensors.reserve(3 + weights.size() + layer_outputs.size());
+    tensors.push_back(input);
+    tensors.push_back(hx.value_or(Tensor()));
+    tensors.insert(tensors.end(), weights.begin(), weights.end());
+    tensors.push_back(batch_sizes.value_or(Tensor()));
+    tensors.insert(tensors.end(), layer_outputs.begin(), layer_outputs.end());
     ctx->save_for_backward(std::move(tensors));
     ctx->saved_data["options"] =
         std::vector<int64_t>{options.nonlinearity == "relu", options.bias, options.num_layers,
@@ -59,10 +66,12 @@ struct Saved {
     batch_first = saved[4] != 0;
     variable_list all = ctx->get_saved_variables();
     const size_t count = 2 + options.num_layers * options.directions() * options.weights_per_cell();
-    participants.assign(all.begin(), all.begin() + count);
+    const auto from = std::make_move_iterator(all.begin());
+    participants.assign(from, from + count);
     batch_sizes = optional(all[count]);
-    layer_outputs.assign(all.begin() + count + 1, all.end());
+    layer_outputs.assign(from + count + 1, std::make_move_iterator(all.end()));
   }
+
   bool packed() const { return batch_sizes.has_value(); }
   bool unbatched() const { return !packed() && participants[0].dim() == 2; }
 };
@@ -93,11 +102,13 @@ variable_list fused_backward(const Saved& saved, const variable_list& grads,
   return result;
 }
 
-/// The derivative as a differentiable function: the forward again, by PyTorch's loop, then its
-/// gradient with create_graph. Views stand for the participants, so that a weight which is a
-/// function of another (tied, parametrized) gets its own gradient and no more.
-variable_list differentiable_backward(const Saved& saved, const variable_list& grads,
-                                      const std::vector<bool>& needs) {
+/// The derivative by PyTorch's own operators, differentiable where grad mode is on: the forward
+/// again, by PyTorch's loop, then its gradient. Views stand for the participants, so that a weight
+/// which is a function of another (tied, parametrized) gets its own gradient and no more.
+variable_list composite_backward(const Saved& saved, const variable_list& grads,
+                                 const std::vector<bool>& needs) {
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode record(true);
   const RnnOptions& options = saved.options;
   variable_list views;
   for (const Tensor& t : saved.participants) views.push_back(t.defined() ? t.view_as(t) : t);
@@ -138,9 +149,9 @@ variable_list differentiable_backward(const Saved& saved, const variable_list& g
   if (grads[1].defined()) outputs.push_back(h_n), cotangents.push_back(grads[1]);
   for (size_t i = 0; i < needs.size(); ++i)
     if (needs[i]) wanted.push_back(views[i]);
-  const variable_list gradients = torch::autograd::grad(
-      outputs, wanted, cotangents, /*retain_graph=*/true, /*create_graph=*/true,
-      /*allow_unused=*/true);
+  const variable_list gradients = torch::autograd::grad(outputs, wanted, cotangents,
+                                                        /*retain_graph=*/create_graph, create_graph,
+                                                        /*allow_unused=*/true);
   variable_list result(needs.size());
   for (size_t i = 0, j = 0; i < needs.size(); ++i) {
     if (!needs[i]) continue;
@@ -148,6 +159,12 @@ variable_list differentiable_backward(const Saved& saved, const variable_list& g
     ++j;
   }
   return result;
+}
+
+/// Whether vmap runs backward on many cotangents at once, which the fused operator has no rule for.
+bool is_batched(const Tensor& t) {
+  return t.defined() && t.key_set().has_any(c10::DispatchKeySet(
+                            {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched}));
 }
 
 class RnnFunction : public torch::autograd::Function<RnnFunction> {
@@ -164,11 +181,7 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
     auto [output, h_n, layer_outputs] =
         forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, true);
 
-    variable_list saved{input, hx.value_or(Tensor())};
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    saved.push_back(batch_sizes.value_or(Tensor()));
-    saved.insert(saved.end(), layer_outputs.begin(), layer_outputs.end());
-    Saved::remember(ctx, options, batch_first, std::move(saved));
+    Saved::remember(ctx, options, batch_first, input, hx, weights, batch_sizes, layer_outputs);
     ctx->set_materialize_grads(false);
     return {output, h_n};
   }
@@ -182,8 +195,10 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
       needs[i] = i == 1 && !has_hx ? false : ctx->needs_input_grad(edge++);
     variable_list result;
     if (grads[0].defined() || grads[1].defined()) {
-      result = at::GradMode::is_enabled() ? differentiable_backward(saved, grads, needs)
-                                          : fused_backward(saved, grads, needs);
+      const bool composite =
+          at::GradMode::is_enabled() || is_batched(grads[0]) || is_batched(grads[1]);
+      result =
+          composite ? composite_backward(saved, grads, needs) : fused_backward(saved, grads, needs);
     } else {
       result.resize(needs.size());
     }

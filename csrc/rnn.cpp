@@ -116,30 +116,6 @@ void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batc
               dtype_name(input.scalar_type()), ": pass hx", cast_method(input.scalar_type()), ".");
 }
 
-void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input) {
-  TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
-              c10::toString(batch_sizes.scalar_type()),
-              ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
-  TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu(),
-              "batch_sizes must be a 1-D CPU tensor, as pack_padded_sequence makes it");
-  const Tensor sizes = batch_sizes.contiguous();
-  const int64_t* n = sizes.const_data_ptr<int64_t>();
-  const int64_t steps = sizes.numel();
-  int64_t rows = 0;
-  for (int64_t t = 0; t < steps; ++t) {
-    TORCH_CHECK(n[t] >= 0 && (t == 0 || n[t] <= n[t - 1]),
-                "batch_sizes must not be negative and must not grow, got ", n[t], " at step ", t,
-                ": sequences are sorted by decreasing length, as pack_padded_sequence does.");
-    TORCH_CHECK(rows + n[t] <= input.size(0), "start (", rows, ") + length (", n[t],
-                ") exceeds dimension size (", input.size(0),
-                "). The packed data has fewer rows than the sum of batch_sizes.");
-    rows += n[t];
-  }
-  // nn.RNN ignores surplus rows in one direction and shifts the other by them: silent nonsense.
-  TORCH_CHECK(rows == input.size(0), "the packed data has ", input.size(0),
-              " rows, but batch_sizes add up to ", rows, ": drop the surplus rows.");
-}
-
 void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions& options,
                    const c10::SymInt& hidden_size) {
   const Tensor& first = weights[0];
@@ -191,7 +167,36 @@ void check_weight_count(int64_t count, const RnnOptions& options) {
               cells * options.weights_per_cell(), ".");
 }
 
+/// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
+bool has_values(const Tensor& t) { return !t.is_meta() && !t.key_set().has_any(c10::python_ks); }
+
 }  // namespace
+
+void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input, const OptionalTensor& hx) {
+  TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
+              c10::toString(batch_sizes.scalar_type()),
+              ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
+  TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu(),
+              "batch_sizes must be a 1-D CPU tensor, as pack_padded_sequence makes it");
+  const Tensor sizes = batch_sizes.contiguous();
+  const int64_t* n = sizes.const_data_ptr<int64_t>();
+  const int64_t steps = sizes.numel();
+  int64_t rows = 0;
+  for (int64_t t = 0; t < steps; ++t) {
+    TORCH_CHECK(n[t] >= 0 && (t == 0 || n[t] <= n[t - 1]),
+                "batch_sizes must not be negative and must not grow, got ", n[t], " at step ", t,
+                ": sequences are sorted by decreasing length, as pack_padded_sequence does.");
+    TORCH_CHECK(rows + n[t] <= input.size(0), "start (", rows, ") + length (", n[t],
+                ") exceeds dimension size (", input.size(0),
+                "). The packed data has fewer rows than the sum of batch_sizes.");
+    rows += n[t];
+  }
+  // nn.RNN ignores surplus rows in one direction and shifts the other by them: silent nonsense.
+  TORCH_CHECK(rows == input.size(0), "the packed data has ", input.size(0),
+              " rows, but batch_sizes add up to ", rows, ": drop the surplus rows.");
+  TORCH_CHECK(!hx.has_value() || hx->size(1) == n[0], "Expected hidden size (", hx->size(0), ", ",
+              n[0], ", ", hx->size(2), "), got ", hx->sizes(), ".");
+}
 
 Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
   const auto* w = &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
@@ -213,8 +218,9 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   // Where w_ih and w_hh disagree, the other dimension of w_hh tells which of them is wrong.
   const c10::SymInt hidden_size = w_hh.sym_size(w_ih.sym_size(0) == w_hh.sym_size(0) ? 0 : 1);
 
+  const bool known_sizes = packed && has_values(*batch_sizes);
   if (packed) {
-    TORCH_CHECK_INDEX(batch_sizes->numel() > 0,
+    TORCH_CHECK_INDEX(batch_sizes->sym_numel() > 0,
                       "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
   } else {
     TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3,
@@ -222,7 +228,9 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                       "D tensor instead. Use (T, I) for one sequence, ",
                       batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
   }
-  const c10::SymInt batch = packed      ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
+  // While tracing, hx alone says how many sequences are packed; rnn_forward checks it when it runs.
+  const c10::SymInt batch = known_sizes ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
+                            : packed    ? (hx.has_value() ? hx->sym_size(1) : c10::SymInt(0))
                             : unbatched ? c10::SymInt(1)
                                         : input.sym_size(batch_first ? 0 : 1);
   if (!packed && hx.has_value()) {
@@ -239,7 +247,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   TORCH_CHECK(input.sym_size(-1) == w_ih.sym_size(1),
               "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
               input.sym_size(-1), ". The last dimension of input holds the features.");
-  if (packed) check_batch_sizes(*batch_sizes, input);
+  if (known_sizes) check_batch_sizes(*batch_sizes, input, std::nullopt);
   if (hx.has_value()) {
     TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
                 options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,

@@ -63,15 +63,6 @@ class TestLifetime:
 
         of_both(compute)
 
-    def test_the_biases_may_be_changed_in_place_before_backward(self):
-        def compute(module, x, hx):
-            output = module(x, hx)[0]
-            with torch.no_grad():
-                module.bias_ih_l0.add_(1)
-            return grad(weighted(output), [x, hx, *module.parameters()])
-
-        of_both(compute)
-
     def test_truncated_backpropagation_carries_the_state_only(self):
         def compute(module, x, hx):
             state = hx
@@ -177,13 +168,14 @@ class TestHooks:
         of_both(compute)
 
     @pytest.mark.parametrize("unused", ["output", "h_n"])
-    def test_the_hook_of_an_unused_result_is_not_called(self, unused):
+    def test_the_hook_of_an_unused_result_is_given_none(self, unused):
+        """One node makes both results, as on a GPU; two nodes of nn.RNN on a CPU do not call it."""
         module, (x, hx) = pair()[0], arguments()
         results = dict(zip(("output", "h_n"), module(x, hx), strict=True))
         called = []
         results.pop(unused).register_hook(called.append)
         next(iter(results.values())).sum().backward()
-        assert not called
+        assert called == [None]
 
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_results_can_retain_their_gradients(self, batch_first):

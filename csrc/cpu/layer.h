@@ -4,6 +4,7 @@
 // threads and its workspaces. rnn_cpu.cpp walks through the layers.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "../rnn.h"
@@ -25,27 +26,32 @@ struct Layout {
   Steps steps(int64_t begin, int64_t end, bool descending, int64_t carry_rows) const;
 };
 
-/// Forward. input [T, B, I] of any strides or packed [N, I]; hx [D, B, H] or undefined; output
-/// [T, B, D*H] or [N, D*H] and h_n [D, B, H] contiguous, allocated by the caller.
-void layer_forward(const Layout& layout, const Tensor& input, const Tensor& hx,
-                   const std::vector<Cell>& cells, Activation activation, const Tensor& output,
+/// What forward and backward read of one layer.
+struct Layer {
+  Tensor input;             // [T, B, I] of any strides, or packed [N, I]
+  Tensor hx;                // [D, B, H] or undefined
+  std::vector<Cell> cells;  // one per direction
+  Activation activation;
+
+  int64_t hidden_size() const { return cells[0].w_hh.size(0); }
+  int64_t directions() const { return static_cast<int64_t>(cells.size()); }
+};
+
+/// Writes output [T, B, D*H] or [N, D*H] and h_n [D, B, H], both contiguous.
+void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n);
 
-/// Which gradients are wanted, and where they go: undefined tensors are not computed.
-struct CellGradients {
-  Tensor w_ih, w_hh, b_ih, b_hh;
-};
-struct LayerGradients {
-  Tensor input;  // as the input, contiguous
-  Tensor hx;     // [D, B, H]
-  std::vector<CellGradients> cells;
+/// Which gradients of a layer are wanted. Where a tensor is defined it is overwritten.
+struct WantedGradients {
+  Tensor input;                            // as the input, contiguous; or undefined
+  Tensor hx;                               // [D, B, H]; or undefined
+  std::vector<std::array<bool, 4>> cells;  // w_ih, w_hh, b_ih, b_hh of each direction
 };
 
-/// Backward. grad_output as output, any strides, or undefined; grad_h_n [D, B, H] or undefined.
-/// Gradients are overwritten.
-void layer_backward(const Layout& layout, const Tensor& input, const Tensor& hx,
-                    const std::vector<Cell>& cells, Activation activation, const Tensor& output,
-                    const Tensor& grad_output, const Tensor& grad_h_n,
-                    const LayerGradients& gradients);
+/// Backward. output as forward wrote it; grad_output like it, of any strides, or undefined;
+/// grad_h_n [D, B, H] or undefined. Returns the cells' gradients, undefined where not wanted.
+std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
+                                 const Tensor& grad_output, const Tensor& grad_h_n,
+                                 const WantedGradients& wanted);
 
 }  // namespace fastrnn::cpu

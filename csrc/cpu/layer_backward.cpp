@@ -7,153 +7,210 @@
 //   grad_hx = delta_0 W_hh  grad_W_hh = delta^T h_prev,  h_prev = hx, y_0, y_1, ...
 //
 // The products run over a chunk of steps at a time, so that delta's workspace does not grow with T.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <cstring>
 
 #include "layer_common.h"
+#include "products.h"
 
 namespace fastrnn::cpu {
 
 namespace {
 
-/// A zeroed tensor to add a gradient up in: `wanted` itself where it has the type computed in;
-/// undefined where it is.
-Tensor accumulator(const Tensor& wanted, at::ScalarType type) {
-  if (!wanted.defined()) return wanted;
-  return wanted.scalar_type() == type ? wanted.zero_()
-                                      : at::zeros(wanted.sizes(), wanted.options().dtype(type));
+/// sum += a b; the first product makes it.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  const bool first = !sum.defined();
+  if (first) sum = at::empty({a.size(0), b.size(1)}, a.options());
+  multiply(a, b, sum, /*accumulate=*/!first);
 }
 
-/// Copies a sum to its destination, unless it was made there.
-void deliver(const Tensor& sum, const Tensor& destination) {
-  if (!destination.defined() || destination.is_same(sum)) return;
-  if (destination.scalar_type() == sum.scalar_type())
-    copy_contiguous(sum, destination);
-  else
-    destination.copy_(sum);
-}
+/// Consecutive steps of one direction: what the recurrence reads and writes.
+struct Chunk {
+  Range range;
+  int64_t y_begin;          // first step of y
+  Tensor y, grad_y, delta;  // [.., H]; grad_y may be undefined
+};
 
-/// out = a b, or out += a b.
-void multiply_into(Tensor out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (accumulate)
-    out.addmm_(a, b);
-  else
-    at::mm_out(out, a, b);
-}
-
+/// The walk of one direction through its chunks, against the forward's time. T: the type computed
+/// in. Tensors are of the caller's dtype unless they say T.
 template <typename T>
-struct Chunk;
-
-/// The walk of one direction of one layer through its chunks, against the forward's time.
-template <typename T>
-struct DirectionBackward {
-  const Layout& layout;
-  const Plan& plan;
-  Activation activation;
-  bool reverse;          // of the forward
-  bool both_directions;  // another walk adds to the same grad_input
-  int64_t H;
-  // In the type computed in. w_hh_panels: of W_hh, untransposed.
-  Tensor w_ih, w_hh, w_hh_panels, hx, grad_h_n;
-  CellGradients sums;  // float or double accumulators; undefined where not wanted
-  Tensor delta_first;  // [B, H] delta at each row's first forward step; undefined if not wanted
-
-  // What the previous chunk leaves: delta of its last step.
-  Tensor carry;
-  int64_t carry_rows = 0;
-
-  DirectionBackward(const Layout& layout, const Plan& plan, const Cell& cell, Activation activation,
-                    bool reverse, bool both_directions, const Tensor& hx, const Tensor& grad_h_n,
-                    const CellGradients& wanted, bool wants_hx)
-      : layout(layout),
-        plan(plan),
-        activation(activation),
-        reverse(reverse),
-        both_directions(both_directions),
-        H(cell.w_hh.size(0)),
-        hx(hx),
-        grad_h_n(grad_h_n) {
-    const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-    w_ih = cell.w_ih.to(type);
-    w_hh = cell.w_hh.to(type);
-    w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/false);
-    sums.w_ih = accumulator(wanted.w_ih, type);
-    sums.w_hh = accumulator(wanted.w_hh, type);
-    // Both biases have the same gradient: one sum, in whichever is wanted.
-    sums.b_ih = accumulator(wanted.b_ih.defined() ? wanted.b_ih : wanted.b_hh, type);
-    if (wants_hx) delta_first = at::zeros({layout.B, H}, w_hh.options());
+class DirectionBackward {
+ public:
+  DirectionBackward(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
+                    const Tensor& grad_h_n, const WantedGradients& wanted)
+      : layout_(layout),
+        plan_(plan),
+        input_(layer.input),
+        cell_(layer.cells[d]),
+        activation_(layer.activation),
+        d_(d),
+        H_(layer.hidden_size()),
+        wanted_(wanted.cells[d]) {
+    if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
+    if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
+    if (layout.T > 1) w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
+    if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
 
-  BackwardArgs<T> kernel_args(const Chunk<T>& chunk) const;
+  bool reverse() const { return d_ == 1; }
 
-  /// Remembers what the next chunk and grad_hx need of this one. delta: rows of [begin, end).
-  void keep_boundary(const Tensor& delta, int64_t begin, int64_t end) {
-    const bool more_chunks = begin != 0 || end != layout.T;
-    if (!more_chunks && !delta_first.defined()) return;
-    const Tensor rows = delta.view({-1, H});
-    const int64_t last = reverse ? end - 1 : begin;
-    carry_rows = layout.rows(last);
-    const Tensor boundary = rows.narrow(0, layout.offset(last) - layout.offset(begin), carry_rows);
-    if (more_chunks) carry = boundary.clone();
-    if (!delta_first.defined()) return;
-    // Rows that begin, in forward order, at step t: all at 0, or those that step t + 1 lacks.
-    for (int64_t t = begin; t < (reverse ? end : std::min<int64_t>(end, begin == 0 ? 1 : begin));
-         ++t) {
-      const int64_t ongoing = reverse && t + 1 < layout.T ? layout.rows(t + 1) : 0;
-      const int64_t count = layout.rows(t) - ongoing;
-      if (count == 0) continue;
-      delta_first.narrow(0, ongoing, count)
-          .copy_(rows.narrow(0, layout.offset(t) - layout.offset(begin) + ongoing, count));
-    }
+  /// Chunk number i of the walk, delta allocated.
+  Chunk chunk(int64_t i, const Tensor& output, const Tensor& grad_output) const {
+    Chunk c;
+    c.range = part_of({0, layout_.T}, plan_.backward_steps, i, /*descending=*/!reverse());
+    // The outputs of the chunk, and of the neighbouring step whose state enters it.
+    c.y_begin = reverse() ? c.range.begin : std::max<int64_t>(0, c.range.begin - 1);
+    const int64_t y_end = reverse() ? std::min(layout_.T, c.range.end + 1) : c.range.end;
+    const auto columns = [&](const Tensor& t, Range range) {
+      return readable(narrow_direction(narrow_steps(layout_, t, range), d_, H_), t.scalar_type());
+    };
+    c.y = columns(output, {c.y_begin, y_end});
+    if (grad_output.defined()) c.grad_y = columns(grad_output, c.range);
+    c.delta = make_delta(c.range, input_.scalar_type());
+    return c;
   }
 
-  /// All weight gradients of steps [begin, end), by our own outer product where the hidden size is
-  /// small, else by ATen's.
-  void add_weight_gradients(const Chunk<T>& chunk, const Tensor& input) {
-    if (!sums.w_ih.defined() && !sums.w_hh.defined() && !sums.b_ih.defined()) return;
-    const Tensor x =
-        sums.w_ih.defined()
-            ? readable(narrow_steps(layout, input, chunk.begin, chunk.end), w_ih.scalar_type())
-            : Tensor();
-    if (plan.own_outer_product) {
-      add_outer_products(chunk, x);
+  /// The recurrence's arguments for a chunk whose tensors are of type T.
+  BackwardArgs<T> recurrence_args(const Chunk& c) const {
+    BackwardArgs<T> a;
+    a.steps = layout_.steps(c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
+    a.H = H_;
+    a.activation = activation_;
+    if (w_hh_panels_.defined()) a.w_hh_panels = w_hh_panels_.template const_data_ptr<T>();
+    a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
+    a.grad_h_n = matrix_of<T>(grad_h_n_);
+    a.carry = matrix_of<T>(carry_);
+    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.delta = sequence_of<T>(layout_, c.delta, c.range.begin, 0);
+    return a;
+  }
+
+  /// Keeps delta of the last step walked, of type T, for the chunk after this one; frees the packed
+  /// weight after the last.
+  void keep_carry(const Chunk& c) {
+    const int64_t last = last_step(c);
+    if (last == (reverse() ? layout_.T - 1 : 0)) {
+      w_hh_panels_ = carry_ = Tensor();
       return;
     }
-    const Tensor rows = chunk.delta.view({-1, H});
-    if (sums.b_ih.defined()) sums.b_ih.add_(rows.sum(0));
-    if (sums.w_ih.defined()) sums.w_ih.addmm_(rows.t(), as_rows(x));
-    if (sums.w_hh.defined()) {
-      const Tensor y =
-          layout.packed() || layout.B == 0
-              ? chunk.y
-              : chunk.y.as_strided({chunk.y.size(0) * layout.B, H}, {chunk.y.stride(1), 1});
-      add_grad_w_hh(chunk.delta, y, chunk.y_begin, chunk.begin, chunk.end);
+    carry_rows_ = layout_.rows(last);
+    carry_ = rows_at(c, last, 0, carry_rows_).clone();
+  }
+
+  /// The recurrence of a 16-bit chunk: a few steps at a time are converted to float32 and back;
+  /// what passes from step to step stays in float32.
+  void run_converted(const Chunk& c) {
+    for (int64_t i = 0; i < parts_in(c.range, plan_.convert_steps); ++i) {
+      Chunk part;
+      part.range = part_of(c.range, plan_.convert_steps, i, /*descending=*/!reverse());
+      part.y_begin = part.range.begin;
+      part.y = to_float(narrow_steps(layout_, c.y, part.range, c.y_begin));
+      if (c.grad_y.defined())
+        part.grad_y = to_float(narrow_steps(layout_, c.grad_y, part.range, c.range.begin));
+      part.delta = make_delta(part.range, kType);
+      run_parts({recurrence_args(part)});
+      narrow_steps(layout_, c.delta, part.range, c.range.begin).copy_(part.delta);
+      keep_carry(part);
     }
   }
 
-  void add_outer_products(const Chunk<T>& chunk, const Tensor& x) {
+  /// All directions' parts of the batch, side by side.
+  void run_parts(const std::vector<BackwardArgs<T>>& directions) const {
+    const int64_t D = static_cast<int64_t>(directions.size());
+    for_each_part(layout_, plan_, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
+      BackwardArgs<T> part = directions[d];
+      part.row_begin = row_begin;
+      part.row_end = row_end;
+      kernels<T>().backward(part);
+    });
+  }
+
+  /// Everything that is made of a chunk's delta. grad_input: zeroed where `accumulate`, undefined
+  /// if not wanted.
+  void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
+    keep_first_delta(c);
+    if (plan_.own_outer_product)
+      add_outer_products(c);
+    else
+      add_products(c);
+    if (!grad_input.defined()) return;
+    const Tensor target = narrow_steps(layout_, grad_input, c.range);
+    multiply(as_rows(c.delta), cell_.w_ih, as_rows(target), accumulate);
+  }
+
+  /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
+  Cell finish(const Tensor& grad_hx) const {
+    if (grad_hx.defined()) multiply(delta_first_, cell_.w_hh, grad_hx);
+    Cell result = sums_;
+    // A single step without hx has no previous state.
+    if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros_like(cell_.w_hh);
+    // Both biases have the same gradient, each in its own tensor.
+    if (wanted_[3]) result.b_hh = wanted_[2] ? sums_.b_ih.clone() : sums_.b_ih;
+    if (!wanted_[2]) result.b_ih = Tensor();
+    return result;
+  }
+
+ private:
+  static constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
+
+  Tensor make_delta(Range range, at::ScalarType type) const {
+    const auto options = input_.options().dtype(type);
+    if (layout_.packed())
+      return at::empty({layout_.offset(range.end) - layout_.offset(range.begin), H_}, options);
+    return at::empty({range.end - range.begin, layout_.B, H_}, options);
+  }
+
+  int64_t last_step(const Chunk& c) const { return reverse() ? c.range.end - 1 : c.range.begin; }
+
+  /// Rows [first, first + count) of delta at step t.
+  Tensor rows_at(const Chunk& c, int64_t t, int64_t first, int64_t count) const {
+    const int64_t start = layout_.offset(t) - layout_.offset(c.range.begin) + first;
+    return c.delta.view({-1, H_}).narrow(0, start, count);
+  }
+
+  /// Copies the rows whose first step, in forward order, lies in the chunk.
+  void keep_first_delta(const Chunk& c) {
+    if (!delta_first_.defined()) return;
+    if (!reverse()) {
+      if (c.range.begin == 0) delta_first_.copy_(rows_at(c, 0, 0, layout_.B));
+      return;
+    }
+    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+      const int64_t ongoing = t + 1 < layout_.T ? layout_.rows(t + 1) : 0;
+      const int64_t count = layout_.rows(t) - ongoing;
+      if (count > 0) delta_first_.narrow(0, ongoing, count).copy_(rows_at(c, t, ongoing, count));
+    }
+  }
+
+  /// Weight gradients by one pass of our own over the steps, for small sizes.
+  void add_outer_products(const Chunk& c) {
+    if (!wanted_[0] && !wanted_[1] && !wanted_[2] && !wanted_[3]) return;
+    const Tensor x =
+        wanted_[0] ? readable(narrow_steps(layout_, input_, c.range), kType) : Tensor();
     WeightGradientArgs<T> a;
-    a.steps = layout.steps(chunk.begin, chunk.end, /*descending=*/reverse, 0);
-    const int64_t before = reverse ? chunk.end : chunk.begin - 1;
-    if (before >= 0 && before < layout.T) a.steps.carry_rows = layout.rows(before);
-    a.I = w_ih.size(1);
-    a.H = H;
-    a.x = sequence_of<const T>(layout, x, chunk.begin, 0);
-    a.y = sequence_of<const T>(layout, chunk.y, chunk.y_begin, 0);
-    a.hx = matrix_of<T>(hx);
-    a.delta = sequence_of<const T>(layout, chunk.delta, chunk.begin, 0);
-    const auto target = [](const Tensor& t) {
-      return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+    a.steps = layout_.steps(c.range.begin, c.range.end, /*descending=*/reverse(), 0);
+    const int64_t before = reverse() ? c.range.end : c.range.begin - 1;
+    if (before >= 0 && before < layout_.T) a.steps.carry_rows = layout_.rows(before);
+    a.I = cell_.w_ih.size(1);
+    a.H = H_;
+    a.x = sequence_of<const T>(layout_, x, c.range.begin, 0);
+    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.hx = matrix_of<T>(hx_);
+    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
+    const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> T* {
+      if (!wanted) return nullptr;
+      if (!sum.defined()) sum = at::zeros(sizes, input_.options());
+      return sum.mutable_data_ptr<T>();
     };
-    a.grad_w_ih = target(sums.w_ih);
-    a.grad_w_hh = target(sums.w_hh);
-    a.grad_b = target(sums.b_ih);
-    a.parts = plan.parallel ? available_threads() : 1;
+    a.grad_w_ih = zeroed(sums_.w_ih, wanted_[0], {H_, a.I});
+    a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});
+    a.grad_b = zeroed(sums_.b_ih, wanted_[2] || wanted_[3], {H_});
+    a.parts = plan_.parallel ? available_threads() : 1;
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         WeightGradientArgs<T> part = a;
@@ -167,172 +224,130 @@ struct DirectionBackward {
       at::parallel_for(0, a.parts, 1, run);
   }
 
-  /// grad_W_hh += delta^T h_prev over steps [begin, end). y: the rows of this direction's columns,
-  /// [rows, H], its first row that of step y_begin.
-  void add_grad_w_hh(const Tensor& delta, const Tensor& y, int64_t y_begin, int64_t begin,
-                     int64_t end) {
-    const Tensor rows = delta.view({-1, H});
-    if (layout.packed()) {
-      sums.w_hh.addmm_(rows.t(), gather_previous(y, y_begin, begin, end));
+  /// Weight gradients by matrix products.
+  void add_products(const Chunk& c) {
+    const Tensor rows = as_rows(c.delta), delta_t = rows.t();
+    if (wanted_[2] || wanted_[3]) {
+      const Tensor sum = rows.sum(0);
+      if (sums_.b_ih.defined())
+        sums_.b_ih.add_(sum);
+      else
+        sums_.b_ih = sum;
+    }
+    if (wanted_[0])
+      add_product(sums_.w_ih, delta_t, as_rows(narrow_steps(layout_, input_, c.range)));
+    if (!wanted_[1]) return;
+    if (layout_.packed()) {
+      add_product(sums_.w_hh, delta_t, gather_previous(c));
       return;
     }
-    const int64_t B = layout.B, first = reverse ? layout.T - 1 : 0;
-    const bool has_first = begin <= first && first < end;
+    const int64_t B = layout_.B, first = reverse() ? layout_.T - 1 : 0;
+    const auto rows_of = [&](const Tensor& t, int64_t origin, int64_t from, int64_t to) {
+      return t.narrow(0, (from - origin) * B, (to - from) * B);
+    };
+    const bool has_first = c.range.begin <= first && first < c.range.end;
     // Steps whose previous state is an output: all but `first`.
-    const int64_t from = has_first && !reverse ? begin + 1 : begin;
-    const int64_t to = has_first && reverse ? end - 1 : end;
+    const int64_t from = has_first && !reverse() ? c.range.begin + 1 : c.range.begin;
+    const int64_t to = has_first && reverse() ? c.range.end - 1 : c.range.end;
     if (from < to) {
-      const int64_t shift = reverse ? 1 : -1;
-      sums.w_hh.addmm_(rows.narrow(0, (from - begin) * B, (to - from) * B).t(),
-                       y.narrow(0, (from + shift - y_begin) * B, (to - from) * B));
+      const int64_t shift = reverse() ? 1 : -1;
+      const Tensor y = c.y.as_strided({c.y.size(0) * B, H_}, {c.y.stride(1), 1});
+      add_product(sums_.w_hh, rows_of(rows, c.range.begin, from, to).t(),
+                  rows_of(y, c.y_begin, from + shift, to + shift));
     }
-    if (has_first && hx.defined()) sums.w_hh.addmm_(rows.narrow(0, (first - begin) * B, B).t(), hx);
+    if (has_first && hx_.defined())
+      add_product(sums_.w_hh, rows_of(rows, c.range.begin, first, first + 1).t(), hx_);
   }
 
   /// h_prev of packed rows, gathered: row (t, b) is y at b's previous step, or hx, or zero.
-  Tensor gather_previous(const Tensor& y, int64_t y_begin, int64_t begin, int64_t end) const {
-    const int64_t count = layout.offset(end) - layout.offset(begin);
-    const Tensor previous = at::empty({count, H}, w_hh.options());
-    T* out = previous.mutable_data_ptr<T>();
-    const T* states = y.const_data_ptr<T>();
-    const T* initial = hx.defined() ? hx.const_data_ptr<T>() : nullptr;
-    const int64_t origin = layout.offset(y_begin);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t before = reverse ? t + 1 : t - 1;
+  Tensor gather_previous(const Chunk& c) const {
+    const Tensor previous = at::empty_like(c.delta);
+    const size_t row_bytes = H_ * previous.element_size();
+    const size_t y_stride = c.y.stride(0) * previous.element_size();
+    char* out = static_cast<char*>(previous.mutable_data_ptr());
+    const char* states = static_cast<const char*>(c.y.const_data_ptr());
+    const char* initial = hx_.defined() ? static_cast<const char*>(hx_.const_data_ptr()) : nullptr;
+    const size_t hx_stride = initial ? hx_.stride(0) * previous.element_size() : 0;
+    const int64_t origin = layout_.offset(c.y_begin);
+    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+      const int64_t before = reverse() ? t + 1 : t - 1;
       const int64_t ongoing =
-          before < 0 || before >= layout.T ? 0 : std::min(layout.rows(before), layout.rows(t));
-      for (int64_t b = 0; b < layout.rows(t); ++b, out += H) {
-        const T* from = b < ongoing ? states + (layout.offset(before) - origin + b) * y.stride(0)
-                        : initial   ? initial + b * hx.stride(0)
-                                    : nullptr;
-        if (from)
-          std::memcpy(out, from, H * sizeof(T));
+          before < 0 || before >= layout_.T ? 0 : std::min(layout_.rows(before), layout_.rows(t));
+      for (int64_t b = 0; b < layout_.rows(t); ++b, out += row_bytes) {
+        if (b < ongoing)
+          std::memcpy(out, states + (layout_.offset(before) - origin + b) * y_stride, row_bytes);
+        else if (initial)
+          std::memcpy(out, initial + b * hx_stride, row_bytes);
         else
-          std::memset(out, 0, H * sizeof(T));
+          std::memset(out, 0, row_bytes);
       }
     }
     return previous;
   }
 
-  /// grad_x = delta W_ih over steps [begin, end).
-  void add_grad_input(const Tensor& delta, const Tensor& grad_input, int64_t begin,
-                      int64_t end) const {
-    const Tensor rows = delta.view({-1, H});
-    if (!grad_input.defined()) return;
-    const Tensor target = narrow_steps(layout, grad_input, begin, end);
-    // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
-    const bool accumulate = both_directions;
-    if (target.scalar_type() == w_ih.scalar_type())
-      multiply_into(target.view({-1, w_ih.size(1)}), rows, w_ih, accumulate);
-    else if (accumulate)
-      target.add_(rows.mm(w_ih).view(target.sizes()));
-    else
-      target.copy_(rows.mm(w_ih).view(target.sizes()));
-  }
-
-  void write(const CellGradients& out, const Tensor& grad_hx) const {
-    deliver(sums.w_ih, out.w_ih);
-    deliver(sums.w_hh, out.w_hh);
-    deliver(sums.b_ih, out.b_ih);
-    deliver(sums.b_ih, out.b_hh);
-    if (grad_hx.defined()) grad_hx.copy_(delta_first.mm(w_hh));
-  }
+  const Layout& layout_;
+  const Plan& plan_;
+  const Tensor& input_;
+  const Cell& cell_;
+  const Activation activation_;
+  const int64_t d_, H_;
+  const std::array<bool, 4> wanted_;
+  Tensor hx_, grad_h_n_;  // [B, H] or undefined; grad_h_n_ in T
+  Tensor w_hh_panels_;    // of W_hh, untransposed, in T
+  Tensor carry_;          // in T: delta of the last step walked, [carry_rows_, H]
+  int64_t carry_rows_ = 0;
+  Tensor delta_first_;  // [B, H] delta at each row's first forward step; undefined if not wanted
+  Cell sums_;           // undefined before the first chunk; b_hh is not used
 };
 
-/// What one chunk of one direction reads and writes; keeps converted tensors alive.
+/// T: the type computed in.
 template <typename T>
-struct Chunk {
-  int64_t begin, end, y_begin;
-  Tensor y, grad_y, delta;  // [.., H] of this direction
-  BackwardArgs<T> args;
-
-  /// Chunk number i, counted in the order in which backward walks.
-  Chunk(const DirectionBackward<T>& walk, int64_t i, int64_t d, const Tensor& output,
-        const Tensor& grad_output) {
-    const Layout& layout = walk.layout;
-    const int64_t T_ = layout.T, steps = walk.plan.backward_steps;
-    begin = walk.reverse ? i * steps : std::max<int64_t>(0, T_ - (i + 1) * steps);
-    end = walk.reverse ? std::min(T_, (i + 1) * steps) : T_ - i * steps;
-    // The outputs of the chunk, and of the neighbouring step whose state enters it.
-    y_begin = walk.reverse ? begin : std::max<int64_t>(0, begin - 1);
-    const int64_t y_end = walk.reverse ? std::min(T_, end + 1) : end;
-    const at::ScalarType type = walk.w_hh.scalar_type();
-    const auto columns = [&](const Tensor& t, int64_t from, int64_t to) {
-      return readable(narrow_direction(narrow_steps(layout, t, from, to), d, walk.H), type);
-    };
-    y = columns(output, y_begin, y_end);
-    if (grad_output.defined()) grad_y = columns(grad_output, begin, end);
-    delta = layout.packed() ? at::empty({layout.offset(end) - layout.offset(begin), walk.H},
-                                        walk.w_hh.options())
-                            : at::empty({end - begin, layout.B, walk.H}, walk.w_hh.options());
-    args = walk.kernel_args(*this);
-  }
-};
-
-template <typename T>
-BackwardArgs<T> DirectionBackward<T>::kernel_args(const Chunk<T>& chunk) const {
-  BackwardArgs<T> a;
-  a.steps = layout.steps(chunk.begin, chunk.end, /*descending=*/!reverse, carry_rows);
-  a.H = H;
-  a.activation = activation;
-  a.w_hh_panels = w_hh_panels.const_data_ptr<T>();
-  a.grad_y = sequence_of<const T>(layout, chunk.grad_y, chunk.begin, 0);
-  a.grad_h_n = matrix_of<T>(grad_h_n);
-  a.carry = matrix_of<T>(carry);
-  a.y = sequence_of<const T>(layout, chunk.y, chunk.y_begin, 0);
-  a.delta = sequence_of<T>(layout, chunk.delta, chunk.begin, 0);
-  return a;
-}
-
-template <typename T>
-void backward_as(const Layout& layout, const Plan& plan, const Tensor& input, const Tensor& hx,
-                 const std::vector<Cell>& cells, Activation activation, const Tensor& output,
-                 const Tensor& grad_output, const Tensor& grad_h_n, const LayerGradients& grads) {
-  const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  const int64_t D = static_cast<int64_t>(cells.size());
-  const Tensor state = readable(hx, type), grad_state = readable(grad_h_n, type);
-  std::vector<DirectionBackward<T>> walks;
-  for (int64_t d = 0; d < D; ++d) {
-    walks.emplace_back(
-        layout, plan, cells[d], activation, d == 1, D == 2, state.defined() ? state[d] : Tensor(),
-        grad_state.defined() ? grad_state[d] : Tensor(), grads.cells[d], grads.hx.defined());
-  }
-  if (D == 2 && grads.input.defined()) grads.input.zero_();
-  const int64_t chunks = (layout.T + plan.backward_steps - 1) / plan.backward_steps;
-  for (int64_t i = 0; i < chunks; ++i) {
-    std::vector<Chunk<T>> parts;
-    for (int64_t d = 0; d < D; ++d) parts.emplace_back(walks[d], i, d, output, grad_output);
-    for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
-      BackwardArgs<T> part = parts[d].args;
-      part.row_begin = row_begin;
-      part.row_end = row_end;
-      kernels<T>().backward(part);
-    });
-    for (int64_t d = 0; d < D; ++d) {
-      const Chunk<T>& c = parts[d];
-      walks[d].keep_boundary(c.delta, c.begin, c.end);
-      walks[d].add_weight_gradients(c, input);
-      walks[d].add_grad_input(c.delta, grads.input, c.begin, c.end);
+std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Tensor& output,
+                              const Tensor& grad_output, const Tensor& grad_h_n,
+                              const WantedGradients& wanted) {
+  const Plan plan = plan_layer(layer_shape(layout, layer), available_threads());
+  const int64_t D = layer.directions();
+  // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
+  const bool accumulate = D == 2;
+  if (accumulate && wanted.input.defined()) wanted.input.zero_();
+  std::vector<Cell> results;
+  // Directions that walk at the same time, or one after the other.
+  const int64_t together = plan.converts ? 1 : D;
+  for (int64_t begin = 0; begin < D; begin += together) {
+    std::vector<DirectionBackward<T>> walks;
+    walks.reserve(together);
+    for (int64_t d = begin; d < begin + together; ++d)
+      walks.emplace_back(layout, plan, layer, d, grad_h_n, wanted);
+    for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
+      std::vector<Chunk> chunks;
+      std::vector<BackwardArgs<T>> args;
+      for (const auto& walk : walks) {
+        chunks.push_back(walk.chunk(i, output, grad_output));
+        if (!plan.converts) args.push_back(walk.recurrence_args(chunks.back()));
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (plan.converts) walks[0].run_converted(chunks[0]);
+      }
+      if (!plan.converts) walks[0].run_parts(args);
+      for (int64_t d = 0; d < together; ++d) {
+        if (!plan.converts) walks[d].keep_carry(chunks[d]);
+        walks[d].add_gradients(chunks[d], wanted.input, accumulate);
+      }
     }
+    for (int64_t d = 0; d < together; ++d)
+      results.push_back(walks[d].finish(wanted.hx.defined() ? wanted.hx[begin + d] : Tensor()));
   }
-  for (int64_t d = 0; d < D; ++d)
-    walks[d].write(grads.cells[d], grads.hx.defined() ? grads.hx[d] : Tensor());
+  return results;
 }
 
 }  // namespace
 
-void layer_backward(const Layout& layout, const Tensor& input, const Tensor& hx,
-                    const std::vector<Cell>& cells, Activation activation, const Tensor& output,
-                    const Tensor& grad_output, const Tensor& grad_h_n,
-                    const LayerGradients& gradients) {
-  const int64_t D = static_cast<int64_t>(cells.size()), H = output.size(-1) / D;
-  const Plan plan = plan_layer(layer_shape(layout, input, H, D), available_threads());
-  if (output.scalar_type() == at::kDouble)
-    backward_as<double>(layout, plan, input, hx, cells, activation, output, grad_output, grad_h_n,
-                        gradients);
-  else
-    backward_as<float>(layout, plan, input, hx, cells, activation, output, grad_output, grad_h_n,
-                       gradients);
+std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
+                                 const Tensor& grad_output, const Tensor& grad_h_n,
+                                 const WantedGradients& wanted) {
+  return output.scalar_type() == at::kDouble
+             ? backward_as<double>(layout, layer, output, grad_output, grad_h_n, wanted)
+             : backward_as<float>(layout, layer, output, grad_output, grad_h_n, wanted);
 }
 
 }  // namespace fastrnn::cpu

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "dispatch.h"
@@ -19,26 +20,46 @@ inline at::ScalarType compute_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline LayerShape layer_shape(const Layout& layout, const Tensor& input, int64_t H, int64_t D) {
-  const at::ScalarType type = compute_type(input.scalar_type());
-  return {layout.T,
-          layout.B,
-          input.size(-1),
-          H,
-          layout.total_rows,
-          D,
-          type == at::kDouble ? 8 : 4,
-          type != input.scalar_type()};
+inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
+  const at::ScalarType given = layer.input.scalar_type(), type = compute_type(given);
+  LayerShape s;
+  s.T = layout.T;
+  s.B = layout.B;
+  s.I = layer.input.size(-1);
+  s.H = layer.hidden_size();
+  s.total_rows = layout.total_rows;
+  s.directions = layer.directions();
+  s.element_size = type == at::kDouble ? 8 : 4;
+  s.converts = type != given;
+  return s;
 }
 
 inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-/// Steps [begin, end) of a padded [T, B, N] or packed [N, ...] tensor, as a view.
-inline Tensor narrow_steps(const Layout& layout, const Tensor& t, int64_t begin, int64_t end) {
-  if (begin == 0 && end == layout.T) return t;  // a view costs more than a small layer
-  return layout.packed()
-             ? t.narrow(0, layout.first_row[begin], layout.first_row[end] - layout.first_row[begin])
-             : t.narrow(0, begin, end - begin);
+/// Steps [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+/// Part number i of `whole`, of `size` steps or what is left, counted in the order of the walk.
+inline Range part_of(Range whole, int64_t size, int64_t i, bool descending) {
+  if (descending) return {std::max(whole.begin, whole.end - (i + 1) * size), whole.end - i * size};
+  return {whole.begin + i * size, std::min(whole.end, whole.begin + (i + 1) * size)};
+}
+
+inline int64_t parts_in(Range whole, int64_t size) {
+  return (whole.end - whole.begin + size - 1) / size;
+}
+
+/// The steps `range` of a padded [T, B, N] or packed [N, ...] tensor whose first step is `origin`,
+/// as a view.
+inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
+  if (range.begin == 0 && range.end == layout.T) return t;  // a view costs more than a small layer
+  const auto position = [&](int64_t step) {
+    return layout.packed() ? layout.first_row[step] : step;
+  };
+  return t.narrow(0, position(range.begin) - position(origin),
+                  position(range.end) - position(range.begin));
 }
 
 /// The columns of direction d in a tensor whose last dimension is D * H, as a view.
@@ -77,12 +98,15 @@ Matrix<const T> matrix_of(const Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0)};
 }
 
-/// `t`, in the type computed in, with adjacent columns; itself where it is so already.
+/// `t` with adjacent columns, in `type`; itself where it is so already.
 inline Tensor readable(const Tensor& t, at::ScalarType type) {
   if (!t.defined()) return t;
   const Tensor converted = t.scalar_type() == type ? t : t.to(type);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
+
+/// A part of a 16-bit tensor for the recurrence to work on.
+inline Tensor to_float(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
 /// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
 inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
@@ -93,13 +117,23 @@ inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
     destination.copy_(source);
 }
 
-/// Panels of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight itself.
+/// Panels, in T, of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight
+/// itself.
 template <typename T>
 Tensor pack_weight(const Tensor& weight, bool transposed) {
-  const int64_t K = weight.size(transposed ? 1 : 0), N = weight.size(transposed ? 0 : 1);
-  const Tensor panels = at::empty({kernels<T>().packed_size(K, N)}, weight.options());
-  kernels<T>().pack(weight.const_data_ptr<T>(), weight.stride(transposed ? 1 : 0),
-                    weight.stride(transposed ? 0 : 1), K, N, panels.mutable_data_ptr<T>());
+  const Tensor w = transposed ? weight.t() : weight;
+  const int64_t K = w.size(0), N = w.size(1);
+  const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+  const Tensor panels = at::empty({kernels<T>().packed_size(K, N)}, w.options().dtype(type));
+  // A 16-bit weight is converted a slice at a time; the slices hold whole panels.
+  constexpr int64_t kSlice = 256;
+  const int64_t slice = w.scalar_type() == type ? std::max<int64_t>(N, 1) : kSlice;
+  for (int64_t n = 0; n < N; n += slice) {
+    const int64_t count = std::min(slice, N - n);
+    const Tensor part = w.scalar_type() == type ? w : w.narrow(1, n, count).to(type);
+    kernels<T>().pack(part.const_data_ptr<T>(), part.stride(0), part.stride(1), K, count,
+                      panels.mutable_data_ptr<T>() + kernels<T>().packed_size(K, n));
+  }
   return panels;
 }
 

@@ -57,11 +57,11 @@ struct ForwardArgs {
   int64_t row_begin = 0, row_end = 0;
   int64_t I = 0, H = 0;
   Activation activation = Activation::kTanh;
-  Sequence<const T> x;             // [T, B, I]; null: y already holds x * W_ih^T + bias
+  Sequence<const T> x;             // [T, B, I]; null: y already holds x * W_ih^T
   const T* w_ih_panels = nullptr;  // pack of W_ih^T [I, H], read only with x
   const T* w_hh_panels = nullptr;  // pack of W_hh^T [H, H]
   Matrix<const T> w_ih, w_hh;      // [H, I] and [H, H] in place of panels; adjacent columns
-  const T* bias = nullptr;         // [padded_columns(H)], zero padded; null: no bias; only with x
+  const T* bias = nullptr;         // [padded_columns(H)], zero padded; null: no bias
   Matrix<const T> hx;              // [B, H] state of a row at its first step; null: zeros
   Matrix<const T> carry;           // [carry_rows, H] state before the first walked step
   Sequence<T> y;                   // [T, B, H] out

@@ -30,12 +30,12 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.rows = last - first;
             s.N = a.H;
             s.out = rows_of(a.y, a.steps, t, first);
+            s.bias = a.bias;
             if (fused) {
               s.I = a.I;
               s.x = rows_of(a.x, a.steps, t, first);
               s.x_panels = a.w_ih_panels;
               s.w_x = a.w_ih;
-              s.bias = a.bias;
             } else {
               s.addend = read_only(s.out);
             }

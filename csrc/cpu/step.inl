@@ -82,9 +82,11 @@ FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, con
   for (int v = 0; v < V; ++v) acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
-/// Terms that are added one after another: longer sums are sums of such parts, which keeps their
-/// rounding error near that of a blocked matrix product.
-constexpr int64_t kTerms = 128;
+/// Terms that are added one after another. Longer sums are sums of such parts, and two products are
+/// added up apart: rounding errors then stay near those of a blocked matrix product.
+constexpr int64_t kTerms = 64;
+/// A product this short goes straight into the sum: a part would cost more than it.
+constexpr int64_t kFewTerms = 8;
 
 template <typename T, int R, int V>
 FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t K, int64_t row,
@@ -93,18 +95,17 @@ FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t 
   if constexpr (R == 1) {
     if (K >= 4) return multiply_row<T, V>(acc, first, K, panel);
   }
-  for (; K > kTerms; K -= kTerms) {
+  if (K <= kFewTerms) return multiply<T, R, V>(acc, first, a.row_stride, K, panel);
+  for (int64_t k = 0; k < K; k += kTerms) {
     Vec<T> part[R][V] = {};
-    multiply<T, R, V>(part, first, a.row_stride, kTerms, panel);
+    multiply<T, R, V>(part, first + k, a.row_stride, K - k < kTerms ? K - k : kTerms,
+                      panel + k * V * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
     }
-    first += kTerms;
-    panel += kTerms * V * kLanes<T>;
   }
-  multiply<T, R, V>(acc, first, a.row_stride, K, panel);
 }
 
 template <typename T, int R, int V>
@@ -128,19 +129,20 @@ FASTRNN_INLINE void add_rows(Vec<T> (&acc)[R][V], Matrix<const T> m, int64_t row
 template <typename T, typename Epilogue, int R, int V>
 void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   Vec<T> acc[R][V] = {};
+  // Panels before this one are full, so their total width is `column`.
+  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
+  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
+  // Last, because a sum of many small terms that starts from a large one loses digits in each.
   if (s.bias != nullptr) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Vec<T> b = load<T>(s.bias + column + v * kLanes<T>);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][v] = b;
+      for (int r = 0; r < R; ++r) acc[r][v] += b;
     }
   }
   add_rows<T, R, V>(acc, s.addend, row, column, tail);
   add_rows<T, R, V>(acc, s.addend2, row, column, tail);
-  // Panels before this one are full, so their total width is `column`.
-  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
-  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {

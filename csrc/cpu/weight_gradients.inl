@@ -6,9 +6,11 @@ namespace {
 
 /// Columns of `a` in one tile of the outer product.
 constexpr int kOuterColumns = FASTRNN_TILE_ROWS;
-/// Rows that are multiplied before the next tile: their deltas stay in a near cache, and sums stay
-/// short (kTerms).
-constexpr int64_t kOuterRows = kTerms;
+/// Rows that are multiplied before the next tile: their deltas stay in a near cache, and sums are
+/// sums of such parts.
+constexpr int64_t kOuterRows = 128;
+/// Rows in a part of the bias's gradient, all of whose terms may have one sign.
+constexpr int64_t kSumRows = 32;
 
 /// out[n][k] += sum_row delta[row][n] * a[row][k] for R columns k of `a` and V vectors of n.
 /// out: [.., ld], at its element (n, k). The tile is kept transposed, so that the vectors run along
@@ -85,20 +87,23 @@ void outer_product(int64_t rows, Matrix<const T> delta, int64_t N, Matrix<const 
   }
 }
 
-/// sum[n] += sum_row delta[row][n], by parts of kOuterRows rows.
+/// sum[n] += sum_row delta[row][n], by parts of kSumRows rows. The parts are added with what each
+/// addition loses carried to the next (Kahan), since there may be thousands of them.
 template <typename T>
 void sum_rows(int64_t rows, Matrix<const T> delta, int64_t N, T* sum) {
   for (int64_t n = 0; n < N; n += kLanes<T>) {
     const int64_t tail = N - n < kLanes<T> ? N - n : 0;
-    Vec<T> total = tail != 0 ? load_tail<T>(sum + n, tail) : load<T>(sum + n);
-    for (int64_t begin = 0; begin < rows; begin += kOuterRows) {
-      const int64_t end = rows - begin < kOuterRows ? rows : begin + kOuterRows;
+    Vec<T> total = tail != 0 ? load_tail<T>(sum + n, tail) : load<T>(sum + n), lost = {};
+    for (int64_t begin = 0; begin < rows; begin += kSumRows) {
+      const int64_t end = rows - begin < kSumRows ? rows : begin + kSumRows;
       Vec<T> part = {};
       for (int64_t row = begin; row < end; ++row) {
         const T* d = delta.data + row * delta.row_stride + n;
         part += tail != 0 ? load_tail<T>(d, tail) : load<T>(d);
       }
-      total += part;
+      const Vec<T> term = part - lost, next = total + term;
+      lost = (next - total) - term;
+      total = next;
     }
     if (tail != 0)
       store_tail<T>(sum + n, total, tail);

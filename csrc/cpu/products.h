@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The large matrix products around the recurrence, by the BLAS that PyTorch carries.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fastrnn::cpu {
+
+/// out = a b, or out += a b. a [M, K], b [K, N], out [M, N], of one dtype and any strides; out
+/// overlaps neither. 16-bit products add up in float32 and need no float32 copy of an argument.
+void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate = false);
+
+}  // namespace fastrnn::cpu
