@@ -3,8 +3,14 @@
 // fastrnn._C: loading it registers the operators; its functions say how it was built and what it
 // would do here.
 #include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -28,6 +34,34 @@ std::tuple<at::Tensor, at::Tensor> rnn(const at::Tensor& input, const std::optio
                                        int64_t num_layers, bool bidirectional, bool batch_first) {
   return fastrnn::rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
                       bidirectional, batch_first);
+}
+
+/// Whether nothing but autograd, autocast and inference mode takes part in what operators do now.
+bool is_plain_eager() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set().included_;
+  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !at::impl::torch_function_mode_enabled() &&
+         c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
+         !torch::jit::tracer::isTracing();
+}
+
+bool is_plain_cpu_tensor(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;  // Tensor or Parameter, no subclass of them
+  const at::Tensor& t = THPVariable_Unpack(object);
+  const at::ScalarType type = t.scalar_type();
+  return t.is_cpu() && t.layout() == at::kStrided &&
+         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+}
+
+/// A short way to the answer yes of functional.takes_fused_path, for the calls that are most
+/// frequent; false says nothing.
+bool is_ordinary_call(py::handle input, const py::list& weights, py::handle hx) {
+  if (!is_plain_eager() || !is_plain_cpu_tensor(input.ptr())) return false;
+  if (!hx.is_none() && !is_plain_cpu_tensor(hx.ptr())) return false;
+  for (py::handle weight : weights)
+    if (!is_plain_cpu_tensor(weight.ptr())) return false;
+  return true;
 }
 
 py::dict build_info() {
@@ -66,6 +100,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastrnn's operators (torch.ops.fastrnn) and facts about this build.";
   m.def("rnn", torch::wrap_pybind_function_no_gil(rnn),
         "torch.ops.fastrnn.rnn for eager calls with positional arguments.");
+  m.def("is_ordinary_call", &is_ordinary_call,
+        "Whether functional.takes_fused_path says yes without a closer look.");
   m.def("build_info", &build_info, "How this extension was built.");
   m.def(
       "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },

@@ -54,7 +54,8 @@ void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input, const Opt
 /// outputs, copies that no caller can write to, empty unless `keep`.
 using ForwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
-/// grad_input, grad_hx, one gradient per weight; zero elements where `needs` says no.
+/// grad_input, grad_hx, one gradient per weight. Where `needs` says no, the first two are undefined
+/// and a weight's has no elements.
 using BackwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
 /// The registered operators; calls go through the dispatcher.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import ops
+from fastrnn import _extension, ops
 from fastrnn._stock import StockRNN
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -23,9 +23,12 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     They take ordinary tensors on the CPU, outside of function transforms (torch.func), forward-mode
     derivatives, tracing, export and modes that watch every operator.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _extension.C.is_ordinary_call(input, weights, hx):
+        return True
     if torch._C._are_functorch_transforms_active():
         return False
-    if torch.compiler.is_compiling():
+    if compiling:
         if torch.compiler.is_exporting():
             return False
     elif (
@@ -94,7 +97,8 @@ def rnn(
     RuntimeError
         A size, dtype or device does not fit.
     """
-    tensor, batch_sizes = (input.data, input.batch_sizes) if packed(input) else (input, None)
+    packed = isinstance(input, PackedSequence)
+    tensor, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)
     if not takes_fused_path(tensor, weights, hx):
         stock = StockRNN(
             weights,
@@ -109,24 +113,21 @@ def rnn(
         return stock(input, hx)  # type: ignore[no-any-return]
     if batch_sizes is not None and hx is not None and input.sorted_indices is not None:
         hx = hx.index_select(1, input.sorted_indices)
-    run = _rnn_with_dropout if dropout > 0 and training and num_layers > 1 else _rnn
-    output, h_n = run(
-        tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
-        batch_first, dropout,
-    )  # fmt: skip
+    if dropout > 0 and training and num_layers > 1:
+        output, h_n = _rnn_with_dropout(
+            tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+            batch_first, dropout,
+        )  # fmt: skip
+    else:
+        output, h_n = ops.rnn(
+            tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
+            batch_first,
+        )  # fmt: skip
     if batch_sizes is None:
         return output, h_n
     if input.unsorted_indices is not None:
         h_n = h_n.index_select(1, input.unsorted_indices)
     return PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
-
-
-def packed(input: Any) -> bool:
-    return isinstance(input, PackedSequence)
-
-
-def _rnn(*args: Any) -> tuple[Tensor, Tensor]:
-    return ops.rnn(*args[:-1])
 
 
 def _rnn_with_dropout(
@@ -146,8 +147,8 @@ def _rnn_with_dropout(
     per_layer = len(weights) // num_layers
     if hx is not None and hx.size(0) != num_layers * directions:
         # Slices of it would hide what is wrong; the whole call raises it.
-        return _rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
-                    batch_first, None)  # fmt: skip
+        return ops.rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
+                       bidirectional, batch_first)  # fmt: skip
     swap = batch_first and batch_sizes is None and input.dim() == 3
     output = input.transpose(0, 1) if swap else input
     finals = []

@@ -40,8 +40,22 @@ def _rnn_forward_fake(
     bidirectional: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    directions = 2 if bidirectional else 1
-    hidden_size = weights[1].size(0)
+    output_size = (*input.shape[:-1], (2 if bidirectional else 1) * weights[1].size(0))
+    output = input.new_empty(output_size)
+    h_n = _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional)
+    kept = [input.new_empty(output_size) for _ in range(num_layers)] if keep else []
+    return output, h_n, kept
+
+
+def _state_like(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+) -> Tensor:
+    """A tensor of the shape of h_n and of hx."""
     batch: int | torch.SymInt
     if batch_sizes is None:
         batch = input.size(1)
@@ -49,11 +63,8 @@ def _rnn_forward_fake(
         batch = hx.size(1)
     else:  # the number of sequences is data: known only when the graph runs
         batch = torch.library.get_ctx().new_dynamic_size()
-    output_size = (*input.shape[:-1], directions * hidden_size)
-    output = input.new_empty(output_size)
-    h_n = input.new_empty((num_layers * directions, batch, hidden_size))
-    kept = [input.new_empty(output_size) for _ in range(num_layers)] if keep else []
-    return output, h_n, kept
+    rows = num_layers * (2 if bidirectional else 1)
+    return input.new_empty((rows, batch, weights[1].size(0)))
 
 
 def _rnn_backward_fake(
@@ -69,14 +80,13 @@ def _rnn_backward_fake(
     num_layers: int,
     bidirectional: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    def gradient(of: Tensor | None, needed: bool) -> Tensor:
-        return input.new_empty(of.shape if needed and of is not None else (0,))
-
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     return (
-        gradient(input, needs[0]),
-        gradient(hx, needs[1]),
-        [gradient(w, n) for w, n in zip(weights, needs[2:], strict=True)],
+        input.new_empty(input.shape) if needs[0] else None,
+        _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional)
+        if needs[1]
+        else None,
+        [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, needs[2:], strict=True)],
     )
 
 

@@ -150,8 +150,12 @@ class DirectionBackward {
     // A single step without hx has no previous state.
     if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros_like(cell_.w_hh);
     // Both biases have the same gradient, each in its own tensor.
-    if (wanted_[3]) result.b_hh = wanted_[2] ? sums_.b_ih.clone() : sums_.b_ih;
+    if (wanted_[3]) result.b_hh = sums_.b_ih;
     if (!wanted_[2]) result.b_ih = Tensor();
+    if (wanted_[2] && wanted_[3]) {
+      result.b_hh = at::empty({H_}, input_.options());
+      copy_contiguous(sums_.b_ih, result.b_hh);
+    }
     return result;
   }
 
@@ -204,8 +208,11 @@ class DirectionBackward {
     a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
     const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> T* {
       if (!wanted) return nullptr;
-      if (!sum.defined()) sum = at::zeros(sizes, input_.options());
-      return sum.mutable_data_ptr<T>();
+      const bool first = !sum.defined();
+      if (first) sum = at::empty(sizes, input_.options());
+      T* data = sum.mutable_data_ptr<T>();
+      if (first) std::memset(data, 0, sum.nbytes());
+      return data;
     };
     a.grad_w_ih = zeroed(sums_.w_ih, wanted_[0], {H_, a.I});
     a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});

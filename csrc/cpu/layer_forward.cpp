@@ -44,7 +44,7 @@ template <typename T>
 struct PreparedCell {
   Tensor w_ih, w_hh;  // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
   Tensor w_ih_panels, w_hh_panels;
-  Tensor bias;  // b_ih + b_hh, [padded H], or undefined
+  std::vector<T> bias;  // b_ih + b_hh, [padded H], or empty; a tensor costs more than a small layer
 
   PreparedCell(const Cell& cell, const Plan& plan) : w_ih(cell.w_ih), w_hh(cell.w_hh) {
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
@@ -57,12 +57,10 @@ struct PreparedCell {
       w_hh = readable(w_hh, type);
     }
     if (!cell.b_ih.defined()) return;
-    const Tensor b_ih = cell.b_ih.to(type).contiguous(), b_hh = cell.b_hh.to(type).contiguous();
+    const Tensor b_ih = readable(cell.b_ih, type), b_hh = readable(cell.b_hh, type);
     const T *ih = b_ih.const_data_ptr<T>(), *hh = b_hh.const_data_ptr<T>();
-    const int64_t padded = kernels<T>().padded_columns(H);
-    bias = at::empty({padded}, b_ih.options());
-    T* sum = bias.mutable_data_ptr<T>();
-    for (int64_t j = 0; j < padded; ++j) sum[j] = j < H ? ih[j] + hh[j] : T(0);
+    bias.resize(kernels<T>().padded_columns(H));
+    for (int64_t j = 0; j < H; ++j) bias[j] = ih[j] + hh[j];
   }
 
   /// The kernel's arguments as far as the weights decide them.
@@ -77,7 +75,7 @@ struct PreparedCell {
       a.w_hh = matrix_of<T>(w_hh);
       a.w_ih = matrix_of<T>(w_ih);
     }
-    if (bias.defined()) a.bias = bias.const_data_ptr<T>();
+    if (!bias.empty()) a.bias = bias.data();
     return a;
   }
 };

@@ -67,11 +67,9 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
   if (batch_sizes.has_value()) check_batch_sizes(*batch_sizes, input, hx);
   const cpu::Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
-  const auto gradient = [&](bool needed, at::IntArrayRef sizes) {
-    return at::empty(needed ? sizes : at::IntArrayRef({0}), input.options());
-  };
-  const Tensor grad_input = gradient(needs.get(0), input.sizes());
-  const Tensor grad_hx = gradient(needs.get(1), {num_layers * D, layout.B, H});
+  Tensor grad_input, grad_hx;
+  if (needs.get(0)) grad_input = at::empty(input.sizes(), input.options());
+  if (needs.get(1)) grad_hx = at::empty({num_layers * D, layout.B, H}, input.options());
   std::vector<Tensor> grad_weights(weights.size());
 
   Tensor grad_y = grad_output.value_or(Tensor());
@@ -79,11 +77,8 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
     const int64_t first = layer * D * options.weights_per_cell();
     const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
     cpu::WantedGradients wanted;
-    if (layer > 0)
-      wanted.input = at::empty(x.sizes(), x.options());
-    else if (needs.get(0))
-      wanted.input = grad_input;
-    if (needs.get(1)) wanted.hx = rows_of_layer(grad_hx, options, layer);
+    wanted.input = layer > 0 ? at::empty(x.sizes(), x.options()) : grad_input;
+    wanted.hx = rows_of_layer(grad_hx, options, layer);
     for (int64_t d = 0; d < D; ++d) {
       std::array<bool, 4>& cell = wanted.cells.emplace_back();
       for (int64_t i = 0; i < options.weights_per_cell(); ++i)
@@ -97,7 +92,7 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
                                           cells[d].b_hh};
       for (int64_t i = 0; i < options.weights_per_cell(); ++i)
         grad_weights[first + d * options.weights_per_cell() + i] =
-            tensors[i].defined() ? tensors[i] : gradient(false, {});
+            tensors[i].defined() ? tensors[i] : at::empty({0}, input.options());
     }
     grad_y = wanted.input;
   }
