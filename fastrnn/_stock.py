@@ -14,6 +14,8 @@ from torch.nn import RNNBase
 # Bound at import: the class may later be replaced in torch.nn by fastrnn.RNN.
 _forward: Any = torch.nn.RNN.forward
 
+MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+
 
 class StockRNN:
     """What nn.RNN.forward needs of a module: options and a flat list of weights."""
@@ -32,8 +34,13 @@ class StockRNN:
                     f"expected Tensor as element {i} in argument 2, but got NoneType. Every layer "
                     "and direction needs w_ih, w_hh and, with bias, b_ih and b_hh."
                 )
+        nonlinearity = options.pop("nonlinearity")
+        if nonlinearity not in MODES:
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
         self._flat_weights = weights
-        self.mode = "RNN_RELU" if options.pop("nonlinearity") == "relu" else "RNN_TANH"
+        self.mode = MODES[nonlinearity]
         self.input_size = weights[0].size(-1)
         self.hidden_size = weights[0].size(0)
         self.__dict__.update(options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._device import DeviceContext
 
 from fastrnn import _extension, ops
 from fastrnn._stock import StockRNN
@@ -20,12 +21,16 @@ _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.f
 def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bool:
     """Whether the fused operators take this call; if not, PyTorch's own path does.
 
-    They take ordinary tensors on the CPU, outside of function transforms (torch.func), forward-mode
-    derivatives, tracing, export and modes that watch every operator.
+    They take ordinary strided tensors on the CPU, outside of function transforms (torch.func),
+    forward-mode derivatives, tracing, export and modes that watch every operator.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and _extension.C.is_ordinary_call(input, weights, hx):
-        return True
+    if not compiling:
+        if _extension.C.is_ordinary_call(input, weights, hx):
+            return True
+        if _only_mode_is_default_device():
+            with torch.overrides._pop_mode_temporarily():
+                return takes_fused_path(input, weights, hx)
     if torch._C._are_functorch_transforms_active():
         return False
     if compiling:
@@ -41,9 +46,20 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
         return False
     for w in weights:
-        if w is None or not w.is_cpu:
+        if w is None or not w.is_cpu or w.layout is not torch.strided:
             return False
-    return input.layout is torch.strided and (not weights or weights[0].dtype in _FUSED_DTYPES)
+    if not (input.layout is torch.strided and (hx is None or hx.layout is torch.strided)):
+        return False
+    return not weights or weights[0].dtype in _FUSED_DTYPES
+
+
+def _only_mode_is_default_device() -> bool:
+    """Whether the one function mode is that of torch.set_default_device or of a torch.device.
+
+    It watches nothing but the functions that make tensors out of nothing.
+    """
+    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return len(modes) == 1 and isinstance(modes[0], DeviceContext)
 
 
 def rnn(
@@ -113,7 +129,7 @@ def rnn(
         return stock(input, hx)  # type: ignore[no-any-return]
     if batch_sizes is not None and hx is not None and input.sorted_indices is not None:
         hx = hx.index_select(1, input.sorted_indices)
-    if dropout > 0 and training and num_layers > 1:
+    if dropout != 0 and training and num_layers > 1:
         output, h_n = _rnn_with_dropout(
             tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
             batch_first, dropout,
@@ -130,6 +146,26 @@ def rnn(
     return PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
 
 
+def _expected_hidden(
+    input: Tensor,
+    hx: Tensor,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    rows: int,
+    batch_first: bool,
+) -> tuple[int, ...]:
+    """The shape that hx must have, of which `rows` is the first size."""
+    batch: Any = ()
+    if batch_sizes is None:
+        if input.dim() == 3:
+            batch = input.shape[:1] if batch_first else input.shape[1:2]
+    elif torch.compiler.is_compiling():  # B is data: it is compared when the graph runs
+        batch = hx.shape[1:2]
+    else:
+        batch = batch_sizes[:1].tolist()
+    return (rows, *batch, *weights[1].shape[:1])
+
+
 def _rnn_with_dropout(
     input: Tensor,
     hx: Tensor | None,
@@ -144,9 +180,13 @@ def _rnn_with_dropout(
 ) -> tuple[Tensor, Tensor]:
     """Layer by layer, with torch.dropout between: nn.RNN's draws, on time-major outputs."""
     directions = 2 if bidirectional else 1
-    per_layer = len(weights) // num_layers
-    if hx is not None and hx.size(0) != num_layers * directions:
-        # Slices of it would hide what is wrong; the whole call raises it.
+    per_layer = directions * (4 if bias else 2)
+    rows = num_layers * directions
+    if len(weights) != num_layers * per_layer or (
+        hx is not None
+        and hx.shape != _expected_hidden(input, hx, weights, batch_sizes, rows, batch_first)
+    ):
+        # Slices would hide what is wrong; the whole call raises it.
         return ops.rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
                        bidirectional, batch_first)  # fmt: skip
     swap = batch_first and batch_sizes is None and input.dim() == 3
@@ -158,7 +198,7 @@ def _rnn_with_dropout(
         state = None if hx is None else hx[layer * directions : (layer + 1) * directions]
         output, h_n = ops.rnn(
             output, state, weights[layer * per_layer : (layer + 1) * per_layer], batch_sizes,
-            nonlinearity, bias, 1, bidirectional, False,
+            nonlinearity, bias, 1, bidirectional, batch_first and not swap,
         )  # fmt: skip
         finals.append(h_n)
     return output.transpose(0, 1) if swap else output, torch.cat(finals)

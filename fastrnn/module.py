@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastrnn import functional
+from fastrnn._stock import MODES
 
-_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+_NONLINEARITIES = {mode: nonlinearity for nonlinearity, mode in MODES.items()}
 
 
 class RNN(torch.nn.RNNBase):
@@ -79,7 +80,7 @@ class RNN(torch.nn.RNNBase):
         if unknown:
             raise TypeError(f"RNN got an unexpected keyword argument '{next(iter(unknown))}'")
         # Not hashable or not known: the same error.
-        mode = _MODES.get(nonlinearity) if isinstance(nonlinearity, str) else None
+        mode = MODES.get(nonlinearity) if isinstance(nonlinearity, str) else None
         if mode is None:
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
@@ -122,11 +123,14 @@ class RNN(torch.nn.RNNBase):
         ValueError, RuntimeError
             As `torch.nn.RNN` does, with a hint what to change.
         """
+        nonlinearity = _NONLINEARITIES.get(self.mode)
+        if nonlinearity is None:
+            raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {self.mode}")
         return functional.rnn(
             input,
             self._current_weights(),
             hx,
-            nonlinearity="relu" if self.mode == "RNN_RELU" else "tanh",
+            nonlinearity=nonlinearity,
             num_layers=self.num_layers,
             bias=self.bias,
             batch_first=self.batch_first,

@@ -101,8 +101,13 @@ def test_constructor_names_the_argument_that_does_not_fit_its_signature(case):
     assert name in str(ours)
 
 
-def test_bidirectional_given_as_a_string_fails_only_at_the_call():
-    modules = [cls(3, 4, bidirectional="yes") for cls in BOTH]
+@pytest.mark.parametrize(
+    "options",
+    [{"bidirectional": "yes"}, {"bidirectional": 1}, {"bidirectional": None}, {"num_layers": True}],
+    ids=str,
+)
+def test_option_that_the_constructor_does_not_check_fails_at_the_call(options):
+    modules = [cls(3, 4, **options) for cls in BOTH]
     assert repr(modules[0]) == repr(modules[1])
     ours, theirs = (failure(module, X) for module in modules)
     assert type(ours) is type(theirs) is TypeError
@@ -148,9 +153,11 @@ CALLS = {
     ),
     "no input": lambda new: new()(),
     "h0 as a keyword": lambda new: new()(X, h0=None),
+    "hx of rank zero for a batch": lambda new: new()(X, torch.tensor(0.0)),
     "hx of rank two for a batch": lambda new: new()(X, torch.zeros(2, 4)),
     "hx of rank four for a batch": lambda new: new()(X, torch.zeros(2, 2, 4, 1)),
     "hx of rank three for one sequence": lambda new: new()(X[:, 0], torch.zeros(2, 1, 4)),
+    "hx of rank zero for one sequence": lambda new: new()(X[:, 0], torch.tensor(0.0)),
     "hx of another batch": lambda new: new()(X, torch.zeros(2, 3, 4)),
     "hx of batch one for a batch of two": lambda new: new()(X, torch.zeros(2, 1, 4)),
     "hx of too few layers": lambda new: new()(X, torch.zeros(1, 2, 4)),
@@ -176,6 +183,7 @@ CALLS = {
     "packed with hx of another batch": lambda new: new()(
         packed(ROWS, [3, 2]), torch.zeros(2, 2, 4)
     ),
+    "packed with hx of rank zero": lambda new: new()(packed(ROWS, [3, 2]), torch.tensor(0.0)),
     "packed with hx of rank two": lambda new: new()(packed(ROWS, [3, 2]), torch.zeros(2, 4)),
     "packed with hx of too few layers": lambda new: new()(
         packed(ROWS, [3, 2]), torch.zeros(1, 3, 4)
@@ -190,17 +198,25 @@ CALLS = {
         new(bias=False), "bias", True
     )(X),
     "bias switched off after construction": lambda new: with_attribute(new(), "bias", False)(X),
+    "dropout lowered below zero": lambda new: with_attribute(new(), "dropout", -0.5)(X),
+    "dropout set to NaN": lambda new: with_attribute(new(), "dropout", math.nan)(X),
+    "the mode of an LSTM": lambda new: with_attribute(new(), "mode", "LSTM")(X),
     "None as a weight": lambda new: with_weight(new(), "bias_hh_l0", None)(X),
     "no sequence steps": lambda new: new()(X[:0]),
     "no sequence steps with batch first": lambda new: new(batch_first=True)(X[:, :0]),
     "no sequence steps in one sequence": lambda new: new()(X[:0, 0]),
     "neither steps nor batch": lambda new: new()(X[:0, :0]),
 }
+dropout_or_not = pytest.mark.parametrize("dropout", [0.0, 0.5], ids="dropout {}".format)
 
 
+@dropout_or_not
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_call_fails_in_the_words_of_nn_rnn(call):
-    attempts = [failure(call, lambda cls=cls, **options: cls(3, 4, 2, **options)) for cls in BOTH]
+def test_call_fails_in_the_words_of_nn_rnn(call, dropout):
+    attempts = [
+        failure(call, lambda cls=cls, **options: cls(3, 4, 2, dropout=dropout, **options))
+        for cls in BOTH
+    ]
     assert_same_failure(*attempts)
 
 
@@ -216,9 +232,11 @@ def weights_of_two_layers():
     return list(torch.nn.RNN(3, 4, 2).parameters())
 
 
-@pytest.mark.parametrize("count", [0, 4, 6], ids="{} weights of eight".format)
-def test_functional_with_too_few_weights_fails_in_the_words_of_nn_rnn(count):
-    assert_same_failure(*functional_pair(weights_of_two_layers()[:count]))
+@dropout_or_not
+@pytest.mark.parametrize("count", [0, 1, 4, 6, 9], ids="{} weights instead of eight".format)
+def test_functional_with_too_few_or_many_weights_fails_in_the_words_of_nn_rnn(count, dropout):
+    weights = (weights_of_two_layers() * 2)[:count]
+    assert_same_failure(*functional_pair(weights, dropout=dropout, training=True))
 
 
 @pytest.mark.parametrize("place", [0, 3, 7], ids="at place {}".format)
@@ -226,6 +244,15 @@ def test_functional_with_none_as_a_weight_fails_in_the_words_of_nn_rnn(place):
     weights = weights_of_two_layers()
     weights[place] = None
     assert_same_failure(*functional_pair(weights))
+
+
+@pytest.mark.parametrize("path", ["fused", "meta tensors", "torch.func"])
+def test_functional_with_an_unknown_nonlinearity_fails_in_the_words_of_the_constructor(path):
+    device = "meta" if path == "meta tensors" else "cpu"
+    weights = [w.to(device) for w in weights_of_two_layers()]
+    call = lambda x: fastrnn.functional.rnn(x, weights, num_layers=2, nonlinearity="gelu")  # noqa: E731
+    ours = failure(torch.vmap(call) if path == "torch.func" else call, X.to(device))
+    assert_same_failure(ours, failure(torch.nn.RNN, 3, 4, 2, "gelu"))
 
 
 # nn.RNN's own words are those of the matrix product that happens to fail first, so they are not
@@ -293,16 +320,23 @@ HINTS = {
 }
 
 
+@dropout_or_not
 @pytest.mark.parametrize("case", HINTS.values(), ids=HINTS)
-def test_wrong_hx_is_answered_with_the_layout_in_names_and_numbers(case):
+def test_wrong_hx_is_answered_with_the_layout_in_names_and_numbers(case, dropout):
     options, x, given, needed = case
     arguments = (x, torch.zeros(given))
-    ours, theirs = (failure(cls(3, 4, 2, **options), *arguments) for cls in BOTH)
+    ours, theirs = (failure(cls(3, 4, 2, dropout=dropout, **options), *arguments) for cls in BOTH)
     assert_same_failure(ours, theirs)
     hint = str(ours)[len(str(theirs)) :]
     names = ["num_layers", "num_directions", "batch", "hidden_size"]
     for word in [*(names if len(needed) == 3 else names[:2] + names[3:]), str(needed)]:
         assert word in hint
+
+
+@dropout_or_not
+def test_input_of_rank_four_is_answered_with_the_layout_of_batch_first(dropout):
+    error = failure(fastrnn.RNN(3, 4, 2, batch_first=True, dropout=dropout), X[None])
+    assert "(B, T, I) for a batch" in str(error)
 
 
 # Sizes of zero that nn.RNN accepts

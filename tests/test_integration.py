@@ -6,16 +6,18 @@ Compilers, exporters and functional transforms have a file of their own, test_tr
 """
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from pairs import H, I, Setting, arguments, draw, pair, same, weighted
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
+from fastrnn.functional import takes_fused_path
 
 MODES = [Setting(*f) for f in [("tanh", 1, False), ("relu", 2, True), ("tanh", 2, True, False)]]
 
@@ -270,6 +272,56 @@ class TestOverrides:
             results = module(x, hx)
         assert torch._VF.rnn_tanh in spy.seen or torch.rnn_tanh in spy.seen
         same(results, module(x, hx))
+
+
+@contextmanager
+def default_device_set(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("region", [torch.device, default_device_set], ids=["region", "setting"])
+class TestADefaultDevice:
+    """It is a function mode too, but one that looks only at calls that make tensors."""
+
+    def test_leaves_the_fused_path_on(self, region, device):
+        module, (x, hx) = pair()[0], arguments()
+        with region(device):
+            assert takes_fused_path(x, list(module.parameters()), hx)
+
+    @pytest.mark.parametrize("has_hx", [False, True])
+    def test_changes_no_result(self, region, device, has_hx):
+        (module, reference), (x, hx) = pair(), arguments()
+        given = (x, hx) if has_hx else (x,)
+        with region(device):
+            results = module(*given)
+        same(results, reference(*given))
+
+    def test_changes_no_draw_for_packed_sequences(self, region, device):
+        packed = pack_sequence([draw(2, I), draw(3, I, seed=1)], enforce_sorted=False)
+        answers = []
+        for module, around in zip(pair(dropout=0.5), (region(device), nullcontext()), strict=True):
+            torch.manual_seed(0)
+            with around:
+                output, h_n = module(packed)
+            answers.append((output.data, h_n))
+        same(*answers)
+
+    def test_hides_no_tensor_subclass(self, region, device):
+        module, (x, hx) = pair()[0], arguments()
+        with region(device):
+            results = module(x.detach().as_subclass(Labelled), hx)
+        assert all(type(r) is Labelled for r in results)
+
+    def test_hides_no_other_function_mode(self, region, device):
+        module, given = pair()[0], arguments()
+        with region(device), Spy() as spy:
+            module(*given)
+        assert torch._VF.rnn_tanh in spy.seen or torch.rnn_tanh in spy.seen
 
 
 class TestTools:

@@ -197,3 +197,30 @@ def test_meta_module_gives_the_meta_results_of_nn_rnn(form):
         output, h_n = module.to("meta")(x, hx.detach().to("meta"))
         described.append([(t.device, t.dtype, t.shape, t.stride()) for t in (tensor(output), h_n)])
     assert described[0] == described[1]
+
+
+beta = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+
+
+@beta
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_sparse_hx_gives_what_nn_rnn_gives(layout):
+    hx = torch.ones(1, 2, 4, dtype=torch.float64).to_sparse(layout=layout)
+    ours, theirs = (module(sequence(), hx) for module in pair())
+    close(ours, theirs)
+
+
+@beta
+@pytest.mark.parametrize(
+    "name, layout",
+    [("weight_ih_l1", torch.sparse_coo), ("weight_hh_l0", torch.sparse_csr)],
+    ids=str,
+)
+def test_sparse_weight_gives_what_nn_rnn_gives(name, layout):
+    results = []
+    for module in pair(num_layers=2):
+        weight = getattr(module, name).detach()
+        delattr(module, name)
+        setattr(module, name, weight.to_sparse(layout=layout))
+        results.append(module(sequence()))
+    close(*results)

@@ -129,6 +129,34 @@ class TestCompile:
         assert all(r.dtype == torch.bfloat16 for r in results)
         assert all(map(torch.equal, results, expected))
 
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_under_a_default_device(self, device):
+        model, given = tagger(), arguments()
+        counter = CompileCounterWithBackend("aot_eager")
+        with torch.device(device):
+            results = torch.compile(model, backend=counter, fullgraph=True)(*given)
+        same(results, model(*given))
+        targets = [str(node.target) for g in counter.graphs for node in g.graph.nodes]
+        assert sum(target.startswith("fastrnn.") for target in targets) == 1
+
+    def test_a_packed_batch_with_dropout_is_one_graph(self):
+        weights, (x, hx) = list(pair()[0].parameters()), arguments()
+
+        def call(x, hx, batch_sizes):
+            output, h_n = rnn(
+                PackedSequence(x, batch_sizes), weights, hx, num_layers=2, bidirectional=True,
+                dropout=0.5, training=True,
+            )  # fmt: skip
+            return output.data, h_n
+
+        given = x.detach().view(-1, I), hx, torch.tensor([2, 2, 1, 1])
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        answers = []
+        for function in (compiled, call):
+            torch.manual_seed(0)
+            answers.append(function(*given))
+        same(*answers)
+
     def test_compiled_autograd_gives_the_eager_gradients(self):
         model, (x, hx) = tagger(), arguments()
         expected = step(model, model, x, hx)[2:]
