@@ -21,11 +21,20 @@ std::tuple<Tensor, Tensor> rnn_autocast(const Tensor& input, const OptionalTenso
   const auto cast = [dtype](const Tensor& t) {
     return at::autocast::cached_cast(dtype, t, device);
   };
+  const Tensor cast_input = cast(input);
   std::vector<Tensor> cast_weights;
   cast_weights.reserve(weights.size());
   for (const Tensor& w : weights) cast_weights.push_back(cast(w));
-  return rnn(cast(input), hx.has_value() ? OptionalTensor(cast(*hx)) : hx, cast_weights,
-             batch_sizes, nonlinearity, bias, num_layers, bidirectional, batch_first);
+  // Integers and float64 stay as they are, and nn.RNN's matrix product fails.
+  TORCH_CHECK(weights.empty() || cast_input.scalar_type() == cast_weights[0].scalar_type(),
+              "mat1 and mat2 must have the same dtype, but got ",
+              c10::toString(cast_input.scalar_type()), " and ",
+              c10::toString(cast_weights[0].scalar_type()),
+              ". Autocast converts float32 and 16-bit tensors only: the input is ",
+              c10::toString(input.scalar_type()), ", the weights are ",
+              c10::toString(weights[0].scalar_type()), ". Convert the input to their dtype.");
+  return rnn(cast_input, hx.has_value() ? OptionalTensor(cast(*hx)) : hx, cast_weights, batch_sizes,
+             nonlinearity, bias, num_layers, bidirectional, batch_first);
 }
 
 }  // namespace

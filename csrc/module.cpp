@@ -25,15 +25,34 @@ namespace py = pybind11;
 
 namespace {
 
+/// nn.RNN takes no number for a flag either.
+bool flag(py::handle value, const char* name) {
+  if (!PyBool_Check(value.ptr()))
+    throw py::type_error(std::string("rnn(): argument '") + name + "' must be bool, not " +
+                         Py_TYPE(value.ptr())->tp_name);
+  return value.ptr() == Py_True;
+}
+
 /// The operator fastrnn::rnn, called without torch.ops, whose parsing of the schema costs as much
 /// as a small recurrence.
 std::tuple<at::Tensor, at::Tensor> rnn(const at::Tensor& input, const std::optional<at::Tensor>& hx,
                                        const std::vector<at::Tensor>& weights,
                                        const std::optional<at::Tensor>& batch_sizes,
-                                       const std::string& nonlinearity, bool bias,
-                                       int64_t num_layers, bool bidirectional, bool batch_first) {
-  return fastrnn::rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
-                      bidirectional, batch_first);
+                                       py::handle nonlinearity, py::handle bias,
+                                       py::handle num_layers, py::handle bidirectional,
+                                       py::handle batch_first) {
+  if (!PyUnicode_Check(nonlinearity.ptr()))
+    throw py::type_error(std::string("rnn(): argument 'nonlinearity' must be str, not ") +
+                         Py_TYPE(nonlinearity.ptr())->tp_name);
+  if (!PyLong_CheckExact(num_layers.ptr()))
+    throw py::type_error(std::string("rnn(): argument 'num_layers' must be int, not ") +
+                         Py_TYPE(num_layers.ptr())->tp_name);
+  const auto name = nonlinearity.cast<std::string>();
+  const auto layers = num_layers.cast<int64_t>();
+  const bool has_bias = flag(bias, "bias"), both = flag(bidirectional, "bidirectional");
+  const bool batch_major = flag(batch_first, "batch_first");
+  py::gil_scoped_release no_gil;
+  return fastrnn::rnn(input, hx, weights, batch_sizes, name, has_bias, layers, both, batch_major);
 }
 
 /// Whether nothing but autograd, autocast and inference mode takes part in what operators do now.
@@ -78,13 +97,21 @@ py::dict build_info() {
 }
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                  int64_t element_size) {
+                  int64_t element_size, bool hx) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0 && element_size > 0,
+                    "cpu_plan: T, directions and element_size must be positive, B, I and H not "
+                    "negative");
   const bool converts = element_size < 4;
-  const fastrnn::cpu::LayerShape shape{
-      T, B, I, H, T * B, directions, converts ? 4 : element_size, converts};
+  fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
+  shape.total_rows = T * B;
+  shape.state_rows = T * B - (hx ? 0 : B);
+  shape.packed = false;
+  shape.element_size = converts ? 4 : element_size;
+  shape.converts = converts;
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
+  result["step_products"] = plan.step_products;
   result["pack_weights"] = plan.pack_weights;
   result["own_outer_product"] = plan.own_outer_product;
   result["parallel"] = plan.parallel;
@@ -98,7 +125,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastrnn's operators (torch.ops.fastrnn) and facts about this build.";
-  m.def("rnn", torch::wrap_pybind_function_no_gil(rnn),
+  m.def("rnn", torch::wrap_pybind_function(rnn),
         "torch.ops.fastrnn.rnn for eager calls with positional arguments.");
   m.def("is_ordinary_call", &is_ordinary_call,
         "Whether functional.takes_fused_path says yes without a closer look.");
@@ -106,7 +133,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },
       "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
-  m.def("cpu_plan", &cpu_plan, py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("directions") = 1, py::arg("element_size") = 4,
+  m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4, py::arg("hx") = false,
         "How one layer of this shape runs on the CPU with the current number of threads.");
 }

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Argument checks, worded as nn.RNN words them, and the calls through the dispatcher. What is
-// checked here is only asserted further down.
+// Argument checks, worded as nn.RNN words them, and the calls through the dispatcher. Each operator
+// checks its own arguments, since each can be called by itself; nothing below them checks again.
 #include "rnn.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/SymInt.h>
 #include <torch/library.h>
 
@@ -18,34 +16,7 @@ namespace {
 
 /// "torch.float32": Python's name of a dtype.
 std::string dtype_name(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return "torch.float32";
-    case at::kDouble:
-      return "torch.float64";
-    case at::kHalf:
-      return "torch.float16";
-    case at::kBFloat16:
-      return "torch.bfloat16";
-    case at::kByte:
-      return "torch.uint8";
-    case at::kChar:
-      return "torch.int8";
-    case at::kShort:
-      return "torch.int16";
-    case at::kInt:
-      return "torch.int32";
-    case at::kLong:
-      return "torch.int64";
-    case at::kBool:
-      return "torch.bool";
-    case at::kComplexFloat:
-      return "torch.complex64";
-    case at::kComplexDouble:
-      return "torch.complex128";
-    default:
-      return c10::toString(type);
-  }
+  return c10::str("torch.", c10::getDtypeNames(type).first);
 }
 
 /// The tensor method that converts to `type`, as a user writes it.
@@ -67,12 +38,6 @@ std::string cast_method(at::ScalarType type) {
 void check_input_dtype(const Tensor& input, const Tensor& weight) {
   const at::ScalarType given = input.scalar_type(), wanted = weight.scalar_type();
   if (given == wanted) return;
-  // Autocast has had its turn: it leaves float64 and integers alone, where nn.RNN's matrix product
-  // fails.
-  TORCH_CHECK(!at::autocast::is_autocast_enabled(input.device().type()),
-              "mat1 and mat2 must have the same dtype, but got ", c10::toString(given), " and ",
-              c10::toString(wanted), ". Autocast does not convert a ", dtype_name(given),
-              " input: pass input", cast_method(wanted), ".");
   TORCH_CHECK_VALUE(false, "RNN input dtype (", dtype_name(given),
                     ") does not match weight dtype (", dtype_name(wanted),
                     "). Convert input: input.to(", dtype_name(wanted),
@@ -155,24 +120,21 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
 
 /// Too few and too many are both "more weights" to nn.RNN.
 void check_weight_count(int64_t count, const RnnOptions& options) {
-  const int64_t cells = options.num_layers * options.directions();
-  if (count == cells * options.weights_per_cell()) return;
+  const int64_t per_layer = options.directions() * options.weights_per_cell();
+  if (count % per_layer == 0 && count / per_layer == options.num_layers) return;
   TORCH_CHECK(false,
               count % options.weights_per_cell() != 0 ? "got an incorrect number of RNN parameters"
-              : options.bidirectional && count / options.weights_per_cell() % 2 != 0
+              : count % per_layer != 0
                   ? "Odd number of params or hiddens given to a bidirectional RNN"
                   : "Expected more weights in stacked_rnn",
               ": got ", count, ", but num_layers=", options.num_layers, ", bias=", options.bias,
-              ", bidirectional=", options.bidirectional, " take ",
-              cells * options.weights_per_cell(), ".");
+              ", bidirectional=", options.bidirectional, " take ", per_layer, " for each layer.");
 }
 
 /// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
 bool has_values(const Tensor& t) { return !t.is_meta() && !t.key_set().has_any(c10::python_ks); }
 
-}  // namespace
-
-void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input, const OptionalTensor& hx) {
+void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input) {
   TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
               c10::toString(batch_sizes.scalar_type()),
               ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
@@ -194,9 +156,9 @@ void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input, const Opt
   // nn.RNN ignores surplus rows in one direction and shifts the other by them: silent nonsense.
   TORCH_CHECK(rows == input.size(0), "the packed data has ", input.size(0),
               " rows, but batch_sizes add up to ", rows, ": drop the surplus rows.");
-  TORCH_CHECK(!hx.has_value() || hx->size(1) == n[0], "Expected hidden size (", hx->size(0), ", ",
-              n[0], ", ", hx->size(2), "), got ", hx->sizes(), ".");
 }
+
+}  // namespace
 
 Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
   const auto* w = &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
@@ -228,7 +190,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                       "D tensor instead. Use (T, I) for one sequence, ",
                       batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
   }
-  // While tracing, hx alone says how many sequences are packed; rnn_forward checks it when it runs.
+  // While tracing, hx alone says how many sequences are packed; rnn_forward looks when it runs.
   const c10::SymInt batch = known_sizes ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
                             : packed    ? (hx.has_value() ? hx->sym_size(1) : c10::SymInt(0))
                             : unbatched ? c10::SymInt(1)
@@ -247,7 +209,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   TORCH_CHECK(input.sym_size(-1) == w_ih.sym_size(1),
               "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
               input.sym_size(-1), ". The last dimension of input holds the features.");
-  if (known_sizes) check_batch_sizes(*batch_sizes, input, std::nullopt);
+  if (known_sizes) check_batch_sizes(*batch_sizes, input);
   if (hx.has_value()) {
     TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
                 options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,
@@ -260,6 +222,42 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   check_weights(input, weights, options, hidden_size);
   TORCH_CHECK(packed || input.sym_size(unbatched || !batch_first ? 0 : 1) > 0,
               "Expected sequence length to be larger than 0 in RNN. Drop empty sequences.");
+}
+
+void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                   const OptionalTensor& batch_sizes, const RnnOptions& options) {
+  check_arguments(input, hx, weights, batch_sizes, options, /*batch_first=*/false);
+  TORCH_CHECK(batch_sizes.has_value() || input.dim() == 3,
+              "fastrnn::rnn_forward: input must be (T, B, I) or, with batch_sizes, (N, I), got ",
+              input.sizes());
+}
+
+void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                    const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                    const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                    const RnnOptions& options, size_t needs) {
+  check_forward(input, hx, weights, batch_sizes, options);
+  const auto check = [&](const Tensor& t, at::IntArrayRef sizes, const char* name) {
+    TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == input.scalar_type() &&
+                    t.device() == input.device(),
+                "fastrnn::rnn_backward: ", name, " must be ", sizes, ", ",
+                dtype_name(input.scalar_type()), " on ", input.device(), ", got ", t.sizes(), ", ",
+                dtype_name(t.scalar_type()), " on ", t.device());
+  };
+  TORCH_CHECK(static_cast<int64_t>(layer_outputs.size()) == options.num_layers &&
+                  needs == weights.size() + 2,
+              "fastrnn::rnn_backward: one layer output for each layer and one need for input, hx "
+              "and each weight are expected, got ",
+              layer_outputs.size(), " and ", needs);
+  const int64_t D = options.directions(), H = weights[1].size(0);
+  const int64_t B =
+      batch_sizes.has_value() ? batch_sizes->select(0, 0).item<int64_t>() : input.size(1);
+  auto sizes = input.sizes().vec();
+  sizes.back() = D * H;
+  for (const Tensor& y : layer_outputs) check(y, sizes, "a layer output");
+  if (grad_output.has_value() && grad_output->defined()) check(*grad_output, sizes, "grad_output");
+  if (grad_h_n.has_value() && grad_h_n->defined())
+    check(*grad_h_n, {options.num_layers * D, B, H}, "grad_h_n");
 }
 
 Tensor to_time_major(const Tensor& input, bool packed, bool batch_first) {

@@ -46,9 +46,13 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                      const OptionalTensor& batch_sizes, const RnnOptions& options,
                      bool batch_first);
 
-/// The part of it that reads batch_sizes, for packed data [N, I] and hx [L*D, B, H]: a compiler's
-/// trace cannot, so that the kernels do it again.
-void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input, const OptionalTensor& hx);
+/// The same for the arguments of rnn_forward and of rnn_backward; `needs` is their number.
+void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                   const OptionalTensor& batch_sizes, const RnnOptions& options);
+void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                    const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                    const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                    const RnnOptions& options, size_t needs);
 
 /// output [T, B, D*H] contiguous or [N, D*H] packed; h_n [L*D, B, H]; layer_outputs: the L layers'
 /// outputs, copies that no caller can write to, empty unless `keep`.

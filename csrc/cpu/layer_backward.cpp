@@ -53,7 +53,8 @@ class DirectionBackward {
         wanted_(wanted.cells[d]) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
-    if (layout.T > 1) w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
+    if (layout.T > 1 && !plan.step_products)
+      w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
 
@@ -100,6 +101,31 @@ class DirectionBackward {
     }
     carry_rows_ = layout_.rows(last);
     carry_ = rows_at(c, last, 0, carry_rows_).clone();
+  }
+
+  /// The recurrence of few steps of a large layer, in place in delta:
+  ///   delta_t = ( grad_y_t + delta_{t+1} W_hh ) f'(y_t),  the product by ATen
+  void run_by_steps(const Chunk& c) {
+    if (c.grad_y.defined())
+      c.delta.copy_(c.grad_y);
+    else
+      c.delta.zero_();
+    BackwardArgs<T> a = recurrence_args(c);
+    a.grad_y = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
+    a.carry = {};
+    a.steps.carry_rows = 0;
+    for (int64_t i = 0; i < parts_in(c.range, 1); ++i) {
+      const int64_t t = part_of(c.range, 1, i, /*descending=*/!reverse()).begin;
+      const Tensor target = rows_at(c, t, 0, layout_.B);
+      if (carry_.defined()) {
+        multiply(carry_, cell_.w_hh, target, /*accumulate=*/true);
+        a.grad_h_n = {};
+      }
+      a.steps.begin = t;
+      a.steps.end = t + 1;
+      run_parts({a});
+      carry_ = target;
+    }
   }
 
   /// The recurrence of a 16-bit chunk: a few steps at a time are converted to float32 and back;
@@ -258,9 +284,8 @@ class DirectionBackward {
     const int64_t to = has_first && reverse() ? c.range.end - 1 : c.range.end;
     if (from < to) {
       const int64_t shift = reverse() ? 1 : -1;
-      const Tensor y = c.y.as_strided({c.y.size(0) * B, H_}, {c.y.stride(1), 1});
       add_product(sums_.w_hh, rows_of(rows, c.range.begin, from, to).t(),
-                  rows_of(y, c.y_begin, from + shift, to + shift));
+                  rows_of(as_rows(c.y), c.y_begin, from + shift, to + shift));
     }
     if (has_first && hx_.defined())
       add_product(sums_.w_hh, rows_of(rows, c.range.begin, first, first + 1).t(), hx_);
@@ -307,6 +332,25 @@ class DirectionBackward {
   Cell sums_;           // undefined before the first chunk; b_hh is not used
 };
 
+/// delta of one chunk of each walk.
+template <typename T>
+void run_recurrence(const Plan& plan, std::vector<DirectionBackward<T>>& walks,
+                    const std::vector<Chunk>& chunks) {
+  const size_t count = walks.size();
+  if (plan.converts) {
+    if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
+    return;
+  }
+  if (plan.step_products) {
+    for (size_t d = 0; d < count; ++d) walks[d].run_by_steps(chunks[d]);
+  } else {
+    std::vector<BackwardArgs<T>> args;
+    for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
+    walks[0].run_parts(args);
+  }
+  for (size_t d = 0; d < count; ++d) walks[d].keep_carry(chunks[d]);
+}
+
 /// T: the type computed in.
 template <typename T>
 std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Tensor& output,
@@ -327,19 +371,10 @@ std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Te
       walks.emplace_back(layout, plan, layer, d, grad_h_n, wanted);
     for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
       std::vector<Chunk> chunks;
-      std::vector<BackwardArgs<T>> args;
-      for (const auto& walk : walks) {
-        chunks.push_back(walk.chunk(i, output, grad_output));
-        if (!plan.converts) args.push_back(walk.recurrence_args(chunks.back()));
-      }
-      if constexpr (std::is_same_v<T, float>) {
-        if (plan.converts) walks[0].run_converted(chunks[0]);
-      }
-      if (!plan.converts) walks[0].run_parts(args);
-      for (int64_t d = 0; d < together; ++d) {
-        if (!plan.converts) walks[d].keep_carry(chunks[d]);
+      for (const auto& walk : walks) chunks.push_back(walk.chunk(i, output, grad_output));
+      run_recurrence(plan, walks, chunks);
+      for (int64_t d = 0; d < together; ++d)
         walks[d].add_gradients(chunks[d], wanted.input, accumulate);
-      }
     }
     for (int64_t d = 0; d < together; ++d)
       results.push_back(walks[d].finish(wanted.hx.defined() ? wanted.hx[begin + d] : Tensor()));

@@ -28,6 +28,8 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.I = layer.input.size(-1);
   s.H = layer.hidden_size();
   s.total_rows = layout.total_rows;
+  s.state_rows = layout.total_rows - (layer.hx.defined() ? 0 : layout.B);
+  s.packed = layout.packed();
   s.directions = layer.directions();
   s.element_size = type == at::kDouble ? 8 : 4;
   s.converts = type != given;
@@ -69,7 +71,9 @@ inline Tensor narrow_direction(const Tensor& t, int64_t d, int64_t H) {
 
 /// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is
 /// not adjacent (batch_first input).
-inline Tensor as_rows(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
+inline Tensor as_rows(const Tensor& t) {
+  return t.dim() == 2 ? t : t.reshape({t.size(0) * t.size(1), t.size(2)});
+}
 
 /// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points
 /// where step 0 would be.

@@ -43,14 +43,18 @@ namespace {
 template <typename T>
 struct PreparedCell {
   Tensor w_ih, w_hh;  // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
-  Tensor w_ih_panels, w_hh_panels;
+  bool packed = false;
+  Tensor w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
   std::vector<T> bias;  // b_ih + b_hh, [padded H], or empty; a tensor costs more than a small layer
 
-  PreparedCell(const Cell& cell, const Plan& plan) : w_ih(cell.w_ih), w_hh(cell.w_hh) {
+  PreparedCell(const Cell& cell, const Plan& plan, bool reads_state)
+      : w_ih(cell.w_ih), w_hh(cell.w_hh) {
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
     const int64_t H = w_hh.size(0);
-    if (plan.pack_weights) {
-      w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/true);
+    if (plan.pack_weights || plan.step_products) {
+      packed = true;
+      if (reads_state && !plan.step_products)
+        w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/true);
       if (plan.fuse_input) w_ih_panels = pack_weight<T>(w_ih, /*transposed=*/true);
     } else {
       w_ih = readable(w_ih, type);
@@ -68,8 +72,8 @@ struct PreparedCell {
     ForwardArgs<T> a;
     a.I = w_ih.size(1);
     a.H = w_hh.size(0);
-    if (w_hh_panels.defined()) {
-      a.w_hh_panels = w_hh_panels.const_data_ptr<T>();
+    if (packed) {
+      if (w_hh_panels.defined()) a.w_hh_panels = w_hh_panels.const_data_ptr<T>();
       if (w_ih_panels.defined()) a.w_ih_panels = w_ih_panels.const_data_ptr<T>();
     } else {
       a.w_hh = matrix_of<T>(w_hh);
@@ -119,6 +123,31 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   });
 }
 
+/// Few steps of a large layer, direction d; output holds x W_ih^T:
+///   y_t = f( y_t + h_{t-1} W_hh^T + bias ),  the product by ATen
+template <typename T>
+void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
+                      const PreparedCell<T>& cell, const Tensor& output) {
+  const Tensor y = narrow_direction(output, d, layer.hidden_size()), w = cell.w_hh.t();
+  Tensor h = layer.hx.defined() ? layer.hx[d] : Tensor();
+  for (int64_t i = 0; i < layout.T; ++i) {
+    const int64_t t = d == 1 ? layout.T - 1 - i : i;
+    const Tensor y_t = y[t];
+    if (h.defined()) multiply(h, w, y_t, /*accumulate=*/true);
+    ForwardArgs<T> a = cell.args();
+    a.steps = layout.steps(t, t + 1, false, 0);
+    a.activation = layer.activation;
+    a.y = sequence_of<T>(layout, y, 0, 0);
+    for_each_part(layout, plan, 1, [&](int64_t, int64_t row_begin, int64_t row_end) {
+      ForwardArgs<T> part = a;
+      part.row_begin = row_begin;
+      part.row_end = row_end;
+      kernels<T>().forward(part);
+    });
+    h = y_t;
+  }
+}
+
 /// 16-bit tensors, direction d: a few steps at a time are converted to float32 and back; the state
 /// stays in float32.
 void forward_converted(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
@@ -164,7 +193,9 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
 /// T: the type computed in.
 template <typename T>
 void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) {
-  const Plan plan = plan_layer(layer_shape(layout, layer), available_threads());
+  const LayerShape shape = layer_shape(layout, layer);
+  const Plan plan = plan_layer(shape, available_threads());
+  const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions(), H = layer.hidden_size();
   if (!plan.fuse_input) {
@@ -175,13 +206,14 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   }
   if constexpr (std::is_same_v<T, float>) {
     for (int64_t d = 0; d < D && plan.converts; ++d)
-      forward_converted(layout, plan, layer, d, {layer.cells[d], plan}, x, output);
+      forward_converted(layout, plan, layer, d, {layer.cells[d], plan, reads_state}, x, output);
   }
   if (plan.converts) return;
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
-  for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan);
-  forward_native<T>(layout, plan, layer, cells, x, output);
+  for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
+  if (!plan.step_products) return forward_native<T>(layout, plan, layer, cells, x, output);
+  for (int64_t d = 0; d < D; ++d) forward_by_steps<T>(layout, plan, layer, d, cells[d], output);
 }
 
 }  // namespace

@@ -19,6 +19,8 @@ constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // Packing reads and writes every weight once: too dear for few rows. A single sequence reads W_hh
 // at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256;
+// Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step.
+constexpr int64_t kRowsToPackLarge = 256;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
 // Chunks of backward: large enough for the products over them to run at full speed, and not above
@@ -36,6 +38,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   const int64_t weight_bytes = (s.I + s.H) * s.H * s.element_size;
   plan.fuse_input = weight_bytes <= kFusedBytes;
+  plan.step_products = !plan.fuse_input && !s.converts && !s.packed && s.B > kBatchToPack &&
+                       s.state_rows <= kRowsToPackLarge;
   plan.pack_weights =
       s.converts || (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
   plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;

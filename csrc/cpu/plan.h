@@ -7,19 +7,23 @@
 
 namespace fastrnn::cpu {
 
-/// One layer of a call. `total_rows` is T * B, or the length of packed data.
+/// One layer of a call.
 struct LayerShape {
-  int64_t T, B, I, H, total_rows, directions;
+  int64_t T, B, I, H, directions;
+  int64_t total_rows;    // T * B, or the length of packed data
+  int64_t state_rows;    // those of them with a previous state: all with hx, else all but B
+  bool packed;           // sequences of unequal length
   int64_t element_size;  // of the type computed in: 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
 };
 
 struct Plan {
-  bool fuse_input;         // x * W_ih^T inside the step; else one product over all steps before
-  bool pack_weights;       // into panels, in forward; else products with the weights as they are
-  bool converts;           // 16-bit tensors: one direction after the other, parts of it in float32
-  bool parallel;           // parts run at the same time; else one after the other
-  int64_t row_blocks;      // parts of the batch, each walks through time without hand-over
+  bool fuse_input;     // x * W_ih^T inside the step; else one product over all steps before
+  bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
+  bool pack_weights;   // into panels, in forward; else products with the weights as they are
+  bool converts;       // 16-bit tensors: one direction after the other, parts of it in float32
+  bool parallel;       // parts run at the same time; else one after the other
+  int64_t row_blocks;  // parts of the batch, each walks through time without hand-over
   bool own_outer_product;  // weight gradients by our kernel; else by ATen's matrix product
   int64_t backward_steps;  // steps per chunk of the backward workspace
   int64_t convert_steps;   // steps at a time in float32 (16-bit tensors only)

@@ -50,7 +50,8 @@ struct Steps {
 /// Forward of one layer and direction for rows [row_begin, row_end):
 ///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
 /// Weights are given either as panels, made by `pack`, or as they are: packing pays only where many
-/// rows share it. Nothing is allocated; only y is written.
+/// rows share it. Those of a product that no row has may be absent. Nothing is allocated; only y is
+/// written.
 template <typename T>
 struct ForwardArgs {
   Steps steps;

@@ -23,7 +23,7 @@ namespace {
 
 template <typename T, typename Act>
 void forward_loop(const ForwardArgs<T>& a) {
-  const bool fused = a.x.data != nullptr;
+  const bool fused = a.x.data != nullptr, unpacked = a.w_hh.data != nullptr;
   walk<T>(a.steps, a.row_begin, a.row_end, a.carry, a.y,
           [&](int64_t t, int64_t first, int64_t last, Matrix<const T> previous) {
             Step<T> s = {};
@@ -43,10 +43,10 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.K = s.s.data ? a.H : 0;
             s.s_panels = a.w_hh_panels;
             s.w_s = a.w_hh;
-            if (a.w_hh_panels != nullptr)
-              run_step<T, ForwardEpilogue<Act>>(s, t & 1);
-            else
+            if (unpacked)
               run_step_unpacked<T, Act>(s, t & 1);
+            else
+              run_step<T, ForwardEpilogue<Act>>(s, t & 1);
           });
 }
 

@@ -14,6 +14,14 @@ cpu::Activation activation_of(std::string_view nonlinearity) {
   return nonlinearity == "relu" ? cpu::Activation::kRelu : cpu::Activation::kTanh;
 }
 
+void check_dtype(const Tensor& input) {
+  const at::ScalarType type = input.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "fastrnn's operators are not implemented for ", c10::toString(type),
+      ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
+}
+
 /// Rows [layer * D, (layer + 1) * D) of an [L*D, B, H] tensor, if there is one.
 Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, int64_t layer) {
   if (!states.has_value() || !states->defined()) return Tensor();
@@ -35,7 +43,8 @@ ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at:
                               const OptionalTensor& batch_sizes, std::string_view nonlinearity,
                               bool bias, int64_t num_layers, bool bidirectional, bool keep) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
-  if (batch_sizes.has_value()) check_batch_sizes(*batch_sizes, input, hx);
+  check_forward(input, hx, weights, batch_sizes, options);
+  check_dtype(input);
   const cpu::Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
   auto output_sizes = input.sizes().vec();
@@ -57,6 +66,14 @@ ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at:
   return {output, h_n, std::move(layer_outputs)};
 }
 
+/// The lowest layer that backward has to reach; num_layers if nothing is wanted.
+int64_t lowest_layer(const c10::List<bool>& needs, int64_t weights_per_layer) {
+  if (needs.get(0) || needs.get(1)) return 0;  // input, or the initial state of every layer
+  size_t weight = 2;
+  while (weight < needs.size() && !needs.get(weight)) ++weight;
+  return static_cast<int64_t>(weight - 2) / weights_per_layer;
+}
+
 BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                                 const Tensor& input, const OptionalTensor& hx,
                                 at::TensorList weights, const OptionalTensor& batch_sizes,
@@ -64,7 +81,9 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
                                 bool bias, int64_t num_layers, bool bidirectional,
                                 c10::List<bool> needs) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
-  if (batch_sizes.has_value()) check_batch_sizes(*batch_sizes, input, hx);
+  check_backward(grad_output, grad_h_n, input, hx, weights, batch_sizes, layer_outputs, options,
+                 needs.size());
+  check_dtype(input);
   const cpu::Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
   Tensor grad_input, grad_hx;
@@ -72,12 +91,14 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
   if (needs.get(1)) grad_hx = at::empty({num_layers * D, layout.B, H}, input.options());
   std::vector<Tensor> grad_weights(weights.size());
 
+  const int64_t weights_per_layer = D * options.weights_per_cell();
+  const int64_t lowest = lowest_layer(needs, weights_per_layer);
   Tensor grad_y = grad_output.value_or(Tensor());
-  for (int64_t layer = num_layers - 1; layer >= 0; --layer) {
-    const int64_t first = layer * D * options.weights_per_cell();
+  for (int64_t layer = num_layers - 1; layer >= lowest; --layer) {
+    const int64_t first = layer * weights_per_layer;
     const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
     cpu::WantedGradients wanted;
-    wanted.input = layer > 0 ? at::empty(x.sizes(), x.options()) : grad_input;
+    wanted.input = layer > lowest ? at::empty(x.sizes(), x.options()) : grad_input;
     wanted.hx = rows_of_layer(grad_hx, options, layer);
     for (int64_t d = 0; d < D; ++d) {
       std::array<bool, 4>& cell = wanted.cells.emplace_back();
@@ -91,11 +112,12 @@ BackwardResult rnn_backward_cpu(const OptionalTensor& grad_output, const Optiona
       const std::array<Tensor, 4> tensors{cells[d].w_ih, cells[d].w_hh, cells[d].b_ih,
                                           cells[d].b_hh};
       for (int64_t i = 0; i < options.weights_per_cell(); ++i)
-        grad_weights[first + d * options.weights_per_cell() + i] =
-            tensors[i].defined() ? tensors[i] : at::empty({0}, input.options());
+        grad_weights[first + d * options.weights_per_cell() + i] = tensors[i];
     }
     grad_y = wanted.input;
   }
+  for (Tensor& gradient : grad_weights)
+    if (!gradient.defined()) gradient = at::empty({0}, input.options());
   return {grad_input, grad_hx, std::move(grad_weights)};
 }
 
