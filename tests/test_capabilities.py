@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of every CPU capability that this processor runs, not only of the best.
+
+PyTorch reads ATEN_CPU_CAPABILITY once, so each capability has a process of its own.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastrnn
+
+CAPABILITIES = ["default", "avx2", "avx512"]  # each processor runs them up to its best
+TESTS = Path(__file__).parent
+
+RUN_TESTS = """
+import sys
+import pytest
+from fastrnn import _C
+assert _C.cpu_capability() == sys.argv[1], _C.cpu_capability()
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def run_python(code, *arguments, **variables):
+    """Run `code` with the fastrnn that is under test, ATEN_CPU_CAPABILITY unset, on one thread."""
+    environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+    paths = [str(Path(fastrnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=TESTS,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def best():
+    """The best capability of this processor: PyTorch takes any that it is told, and crashes."""
+    process = run_python("from fastrnn import _C; print(_C.cpu_capability())")
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_results_and_gradients_are_right_with_every_capability(capability, best):
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(best):
+        pytest.skip(f"this processor's best capability is {best}")
+    # 16 bits are computed in float32, by the same kernels.
+    process = run_python(
+        RUN_TESTS, capability, "-p", "no:cacheprovider", "test_operators.py",
+        "-k", "(float64 or float32) and not grid",
+        ATEN_CPU_CAPABILITY=capability,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr
+
+
+@pytest.fixture(scope="module")
+def kernel_symbols():
+    """(kind, name) of each symbol of the extension inside a namespace of one capability."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    from fastrnn import _C
+
+    lines = subprocess.run(
+        ["nm", "-C", _C.__file__], capture_output=True, check=True, text=True
+    ).stdout.splitlines()
+    symbols = [match.groups() for line in lines if (match := re.match(r"\w* +(\w) (.*)", line))]
+    return [(kind, name) for kind, name in symbols if re.search(r"cpu::\w+_target::", name)]
+
+
+def test_each_capability_up_to_the_best_has_kernels_of_its_own(kernel_symbols, best):
+    found = {re.search(r"cpu::(\w+)_target::", name)[1] for _, name in kernel_symbols}
+    assert found >= set(CAPABILITIES[: CAPABILITIES.index(best) + 1])
+
+
+def test_no_symbol_of_the_kernels_can_replace_one_of_another_capability(kernel_symbols):
+    # The linker keeps one of several weak symbols, and any file may use a global one: code for a
+    # wide instruction set would run on a processor that lacks it.
+    leaks = [(kind, name) for kind, name in kernel_symbols if kind.isupper() or kind in "uvw"]
+    assert leaks == []
