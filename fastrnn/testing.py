@@ -22,6 +22,8 @@ ERROR_RATIO = 1.5
 FLOOR_ULPS = 4
 #: Results smaller than this are measured together.
 FEW_NUMBERS = 8
+#: A case's name lists so many lengths at most.
+FEW_LENGTHS = 8
 #: Largest relative difference between two float64 runs that add in different orders.
 FLOAT64_DIFFERENCE = 1e-12
 
@@ -50,7 +52,11 @@ class Case:
     def __str__(self) -> str:
         flags = [n for n in ("bidirectional", "batch_first", "hx", "unbatched") if getattr(self, n)]
         flags += [] if self.bias else ["no bias"]
-        flags += [f"lengths {self.lengths}".replace(", ", " ")] if self.lengths else []
+        if self.lengths and len(self.lengths) > FEW_LENGTHS:
+            shortest, longest = min(self.lengths), max(self.lengths)
+            flags += [f"{len(self.lengths)} lengths from {shortest} to {longest}"]
+        elif self.lengths:
+            flags += [f"lengths {self.lengths}".replace(", ", " ")]
         size = f"T{self.T} B{self.B} I{self.I} H{self.H} L{self.num_layers} {self.nonlinearity}"
         return " ".join([size, *flags])
 
@@ -92,8 +98,9 @@ class Case:
 def grid() -> list[Case]:
     """List the cases of the tests: every combination of options at one small size, then sizes.
 
-    The sizes reach every path of the CPU's plan: tails of vectors and of tiles, one row and many,
-    weights packed and not, the input's product fused and not, several parts of the batch.
+    With two threads or more the sizes reach every path of the CPU's plan: tails of vectors and of
+    tiles, one row and many, weights packed and not, the input's product fused and not, several
+    parts of the batch, and backward in one chunk of steps, in two, and in more.
     """
     small = Case(5, 3, 4, 7)
     cases = [
@@ -114,6 +121,13 @@ def grid() -> list[Case]:
         for I, H in ((3, 5), (17, 40), (600, 330)):
             f = "relu" if hx != bi else "tanh"
             cases.append(Case(0, 0, I, H, 2, bi, f, bias=H != 40, hx=hx, lengths=each))
+    # Backward in two chunks of one step.
+    cases.append(Case(2, 250, 3, 40))
+    cases.append(Case(0, 0, 3, 40, bidirectional=True, lengths=(2,) * 200 + (1,) * 50))
+    # Backward with a middle chunk, in float32 too; two directions share one budget.
+    cases += [Case(60, 560, 3, 64), Case(84, 100, 5, 130, bidirectional=True, hx=True)]
+    for H, many in ((112, range(70, 156)), (300, range(40, 94))):
+        cases.append(Case(0, 0, 5, H, bidirectional=True, hx=True, lengths=tuple(many)))
     return cases
 
 
