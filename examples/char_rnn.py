@@ -209,21 +209,28 @@ def report_comparison(runs: dict[str, Run]) -> bool:
     return agree
 
 
+def positive(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="a text to learn, instead of Python's licence")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--epochs", type=positive, default=40)
+    parser.add_argument("--hidden", type=positive, default=128)
+    parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--dropout", type=float, default=0.2, help="between layers")
-    parser.add_argument("--window", type=int, default=50, help="steps between detached states")
-    parser.add_argument("--batch", type=int, default=16, help="streams side by side")
+    parser.add_argument("--window", type=positive, default=50, help="steps between detached states")
+    parser.add_argument("--batch", type=positive, default=16, help="streams side by side")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--temperature", type=float, default=0.5, help="above 0; 1: as learned")
-    parser.add_argument("--length", type=int, default=400, help="characters of the sample")
+    parser.add_argument("--length", type=positive, default=400, help="characters of the sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--compare", action="store_true", help="train torch.nn.RNN as well")
     parser.add_argument("--quick", action="store_true", help="3 epochs, a short sample")
     return parser
@@ -240,6 +247,9 @@ def main() -> int:
         corpus = Corpus.of(read_text(args.text))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    # Each stream needs a character and the next one.
+    if args.batch > (most := len(corpus.training) // 2):
+        parser.error(f"argument --batch: this text is enough for {most} streams, not {args.batch}")
     torch.set_num_threads(args.threads)
     size = len(corpus.alphabet)
     print(

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import fastrnn
 
+SAMPLES, QUICK_SAMPLES = 4000, 600  # of each signal
 VARIANTS = {"torch.nn.RNN": nn.RNN, "fastrnn.RNN": fastrnn.RNN}
 CURVE_EPOCHS, CURVE_TOLERANCE = 50, 1e-4
 
@@ -236,21 +237,33 @@ def plot(runs: dict[str, Run], data: Data, directory: Path) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    """An option's value: a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--window", type=int, default=50, help="steps per sequence")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=positive, default=60)
+    parser.add_argument("--hidden", type=positive, default=32)
+    parser.add_argument("--window", type=positive, default=50, help="steps per sequence")
+    parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--quick", action="store_true", help="little data, 3 epochs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     args = parser.parse_args()
     if args.quick:
         args.epochs = min(args.epochs, 3)
+    args.samples = QUICK_SAMPLES if args.quick else SAMPLES
+    if args.window >= args.samples:  # at least two windows, for a deviation
+        parser.error(
+            f"argument --window: {args.window} is not below the {args.samples} steps of a signal"
+        )
     return args
 
 
@@ -258,7 +271,7 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    data = make_data(600 if args.quick else 4000, args.window, 4, args.seed, dtype)
+    data = make_data(args.samples, args.window, 4, args.seed, dtype)
     inputs, _ = data.training()
     print(f"{len(inputs)} training sequences of {args.window} steps, {args.epochs} epochs")
     runs = train(data, args, dtype)

@@ -150,6 +150,24 @@ def test_char_rnn_asks_for_a_longer_text_where_there_is_too_little(tmp_path):
     assert "10 characters, 1000 are needed: name a longer text with --text" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dc_motor.py", ["--epochs", 0], "argument --epochs: 0 is not above 0"),
+        ("dc_motor.py", ["--batch", 0], "argument --batch: 0 is not above 0"),
+        ("dc_motor.py", ["--quick", "--window", 600], "--window: 600 is not below the 600 steps"),
+        ("char_rnn.py", ["--length", 0], "argument --length: 0 is not above 0"),
+        ("char_rnn.py", ["--epochs", 0, "--compare"], "argument --epochs: 0 is not above 0"),
+        ("char_rnn.py", ["--window", 0], "argument --window: 0 is not above 0"),
+        ("char_rnn.py", ["--batch", 100000], "--batch: this text is enough for "),
+    ],
+)
+def test_an_option_out_of_range_ends_in_a_message_that_names_it(name, options, message):
+    process = run_example(name, *options)
+    assert process.returncode == 2
+    assert message in process.stderr.splitlines()[-1]
+
+
 def test_the_readme_names_every_example():
     readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"python examples/(\w+\.py)", readme))
