@@ -53,8 +53,6 @@ class DirectionBackward {
         wanted_(wanted.cells[d]) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
-    if (layout.T > 1 && !plan.step_products)
-      w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
 
@@ -91,12 +89,19 @@ class DirectionBackward {
     return a;
   }
 
-  /// Keeps delta of the last step walked, of type T, for the chunk after this one; frees the packed
-  /// weight after the last.
+  /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
+  /// gradients and it are never in memory together.
+  void pack() {
+    if (layout_.T > 1 && !plan_.step_products)
+      w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
+  }
+  void unpack() { w_hh_panels_ = Tensor(); }
+
+  /// Keeps delta of the last step walked, of type T, for the chunk after this one.
   void keep_carry(const Chunk& c) {
     const int64_t last = last_step(c);
     if (last == (reverse() ? layout_.T - 1 : 0)) {
-      w_hh_panels_ = carry_ = Tensor();
+      carry_ = Tensor();
       return;
     }
     carry_rows_ = layout_.rows(last);
@@ -337,18 +342,20 @@ template <typename T>
 void run_recurrence(const Plan& plan, std::vector<DirectionBackward<T>>& walks,
                     const std::vector<Chunk>& chunks) {
   const size_t count = walks.size();
+  for (auto& walk : walks) walk.pack();
   if (plan.converts) {
     if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
-    return;
-  }
-  if (plan.step_products) {
+  } else if (plan.step_products) {
     for (size_t d = 0; d < count; ++d) walks[d].run_by_steps(chunks[d]);
   } else {
     std::vector<BackwardArgs<T>> args;
     for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
     walks[0].run_parts(args);
   }
-  for (size_t d = 0; d < count; ++d) walks[d].keep_carry(chunks[d]);
+  for (size_t d = 0; d < count; ++d) {
+    if (!plan.converts) walks[d].keep_carry(chunks[d]);
+    walks[d].unpack();
+  }
 }
 
 /// T: the type computed in.

@@ -9,8 +9,9 @@ namespace fastrnn::cpu {
 
 namespace {
 
-// Both matrices must stay in a core's second-level cache, else one large product is faster.
-constexpr int64_t kFusedBytes = 1 << 20;
+// Both matrices must stay in a core's second-level cache, else one large product is faster; so it
+// is for one or two long sequences of this many features.
+constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32;
 // A part of the batch smaller than this leaves the register tiles half empty.
 constexpr int64_t kRowsPerBlock = 8;
 // Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
@@ -23,12 +24,12 @@ constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256;
 constexpr int64_t kRowsToPackLarge = 256;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
-// Chunks of backward: large enough for the products over them to run at full speed, and not above
-// half of the sequence where that is more than small change: with the kept outputs, the workspace
+// Chunks of backward: large enough for the products over them to run at full speed, and a part of
+// the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
-constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 1 << 16;
-// The part of a 16-bit sequence that is in float32 at a time.
-constexpr int64_t kConvertBytes = 1 << 17;
+constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 1 << 14, kParts = 4;
+// The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
+constexpr int64_t kConvertParts = 5, kConvertBytes = 1 << 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,14 +37,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
-  const int64_t weight_bytes = (s.I + s.H) * s.H * s.element_size;
-  plan.fuse_input = weight_bytes <= kFusedBytes;
-  plan.step_products = !plan.fuse_input && !s.converts && !s.packed && s.B > kBatchToPack &&
-                       s.state_rows <= kRowsToPackLarge;
+  plan.converts = s.converts;
   plan.pack_weights =
       s.converts || (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
+  // Few rows would read all of W_ih in each step, and one larger than the output is not worth
+  // packing.
+  const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
+  plan.fuse_input = (s.I + s.H) * s.H * s.element_size <= kFusedBytes &&
+                    (!plan.pack_weights || (reuses_input_weight && s.I <= s.total_rows));
+  plan.step_products = !plan.fuse_input && !s.converts && !s.packed && s.B > kBatchToPack &&
+                       s.state_rows <= kRowsToPackLarge;
   plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
-  plan.converts = s.converts;
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -57,12 +61,18 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const auto steps_in = [&](int64_t bytes) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
   };
-  // What is smaller than the packed W_hh, which is freed before the gradients are made, is free.
-  const int64_t half =
-      std::max(divide_up(s.T, 2), steps_in(std::max(kSmallBytes, s.H * s.H * s.element_size)));
-  // The sums of 16-bit gradients are rounded after every chunk: no more than two.
-  plan.backward_steps = s.converts ? half : std::min(half, steps_in(kChunkBytes / together));
-  plan.convert_steps = s.converts ? steps_in(kConvertBytes) : s.T;
+  // Gradients of a first chunk are in memory beside the packed W_hh of a second one: a single chunk
+  // where delta is smaller than that, else parts of the sequence. Packed sequences have previous
+  // states gathered, as much again as delta.
+  const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
+  const bool single = s.T * step_bytes <= std::max(kSmallBytes, s.H * s.H * s.element_size);
+  const int64_t chunk = s.converts ? s.T : steps_in(kChunkBytes / together);
+  plan.backward_steps =
+      single ? s.T
+             : std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
+  const int64_t convert_bytes =
+      std::clamp(s.T * step_bytes / 2 / kConvertParts, kConvertBytes / 4, kConvertBytes);
+  plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
   return plan;
 }
 

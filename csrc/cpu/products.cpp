@@ -27,18 +27,20 @@ bool has_fast_product(at::ScalarType type) {
 /// In float32, block by block: the workspace is three blocks, whatever the size.
 void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                      bool accumulate) {
-  static constexpr int64_t kBlock = 256;
-  const auto block = [](const at::Tensor& t, int64_t row, int64_t column) {
-    return t.narrow(0, row, std::min(kBlock, t.size(0) - row))
-        .narrow(1, column, std::min(kBlock, t.size(1) - column));
+  static constexpr int64_t kBlock = 128, kDepth = 64;
+  const auto block = [](const at::Tensor& t, int64_t row, int64_t rows, int64_t column,
+                        int64_t columns) {
+    return t.narrow(0, row, std::min(rows, t.size(0) - row))
+        .narrow(1, column, std::min(columns, t.size(1) - column));
   };
   for (int64_t m = 0; m < out.size(0); m += kBlock) {
     for (int64_t n = 0; n < out.size(1); n += kBlock) {
-      const at::Tensor target = block(out, m, n);
+      const at::Tensor target = block(out, m, kBlock, n, kBlock);
       at::Tensor sum = accumulate ? target.to(at::kFloat)
                                   : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
-      for (int64_t k = 0; k < a.size(1); k += kBlock)
-        sum.addmm_(block(a, m, k).to(at::kFloat), block(b, k, n).to(at::kFloat));
+      for (int64_t k = 0; k < a.size(1); k += kDepth)
+        sum.addmm_(block(a, m, kBlock, k, kDepth).to(at::kFloat),
+                   block(b, k, kDepth, n, kBlock).to(at::kFloat));
       target.copy_(sum);
     }
   }
