@@ -23,7 +23,7 @@ def cpu_extension() -> CppExtension:
     """
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    level = ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3"]
+    level = ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
     return CppExtension(
         "fastrnn._C",
         sources,

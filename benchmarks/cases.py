@@ -115,6 +115,8 @@ CASES = [
                   dtype=torch.float64),
     BenchmarkCase(100, 32, 128, 128, name="bfloat16", reason="16 bits, computed in float32",
                   dtype=torch.bfloat16),
+    BenchmarkCase(50, 64, 512, 512, name="large-bfloat16", reason="products in 16 bits",
+                  dtype=torch.bfloat16),
     BenchmarkCase(50, 16, 64, 64, name="float16", reason="16 bits, computed in float32",
                   dtype=torch.float16),
 ]  # fmt: skip

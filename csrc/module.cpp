@@ -19,6 +19,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
+#include "cpu/products.h"
 #include "rnn.h"
 
 namespace py = pybind11;
@@ -108,6 +109,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   shape.packed = false;
   shape.element_size = converts ? 4 : element_size;
   shape.converts = converts;
+  shape.fast_products = fastrnn::cpu::has_fast_product(converts ? at::kBFloat16 : at::kFloat);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;

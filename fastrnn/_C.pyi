@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+from torch import Tensor
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor]: ...
+def is_ordinary_call(input: Any, weights: list[Any], hx: Any) -> bool: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def cpu_plan(

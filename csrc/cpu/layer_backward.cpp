@@ -16,7 +16,6 @@
 #include <cstring>
 
 #include "layer_common.h"
-#include "products.h"
 
 namespace fastrnn::cpu {
 
@@ -97,7 +96,7 @@ class DirectionBackward {
   }
   void unpack() { w_hh_panels_ = Tensor(); }
 
-  /// Keeps delta of the last step walked, of type T, for the chunk after this one.
+  /// Keeps delta of the last step walked for the chunk after this one.
   void keep_carry(const Chunk& c) {
     const int64_t last = last_step(c);
     if (last == (reverse() ? layout_.T - 1 : 0)) {
@@ -108,28 +107,29 @@ class DirectionBackward {
     carry_ = rows_at(c, last, 0, carry_rows_).clone();
   }
 
-  /// The recurrence of few steps of a large layer, in place in delta:
-  ///   delta_t = ( grad_y_t + delta_{t+1} W_hh ) f'(y_t),  the product by ATen
+  /// The recurrence with a product by ATen in each step, in place in delta:
+  ///   delta_t = ( grad_y_t + delta_{t+1} W_hh ) f'(y_t)
   void run_by_steps(const Chunk& c) {
     if (c.grad_y.defined())
       c.delta.copy_(c.grad_y);
     else
       c.delta.zero_();
-    BackwardArgs<T> a = recurrence_args(c);
-    a.grad_y = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
-    a.carry = {};
-    a.steps.carry_rows = 0;
     for (int64_t i = 0; i < parts_in(c.range, 1); ++i) {
-      const int64_t t = part_of(c.range, 1, i, /*descending=*/!reverse()).begin;
-      const Tensor target = rows_at(c, t, 0, layout_.B);
-      if (carry_.defined()) {
-        multiply(carry_, cell_.w_hh, target, /*accumulate=*/true);
-        a.grad_h_n = {};
-      }
-      a.steps.begin = t;
-      a.steps.end = t + 1;
+      Chunk step;
+      step.range = part_of(c.range, 1, i, /*descending=*/!reverse());
+      step.y_begin = step.range.begin;
+      const Tensor delta = narrow_steps(layout_, c.delta, step.range, c.range.begin);
+      const bool first = !carry_.defined();
+      if (!first) multiply(carry_, cell_.w_hh, delta[0], /*accumulate=*/true);
+      carry_ = Tensor();  // the product is made: the kernel adds none
+      step.y = readable(narrow_steps(layout_, c.y, step.range, c.y_begin), kType);
+      step.delta = step.grad_y = readable(delta, kType);  // delta itself if of T
+      BackwardArgs<T> a = recurrence_args(step);
+      a.steps.carry_rows = 0;
+      if (!first) a.grad_h_n = {};
       run_parts({a});
-      carry_ = target;
+      if (!step.delta.is_same(delta)) delta.copy_(step.delta);
+      carry_ = delta[0];
     }
   }
 
@@ -331,7 +331,7 @@ class DirectionBackward {
   const std::array<bool, 4> wanted_;
   Tensor hx_, grad_h_n_;  // [B, H] or undefined; grad_h_n_ in T
   Tensor w_hh_panels_;    // of W_hh, untransposed, in T
-  Tensor carry_;          // in T: delta of the last step walked, [carry_rows_, H]
+  Tensor carry_;          // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;
   Tensor delta_first_;  // [B, H] delta at each row's first forward step; undefined if not wanted
   Cell sums_;           // undefined before the first chunk; b_hh is not used
@@ -343,17 +343,17 @@ void run_recurrence(const Plan& plan, std::vector<DirectionBackward<T>>& walks,
                     const std::vector<Chunk>& chunks) {
   const size_t count = walks.size();
   for (auto& walk : walks) walk.pack();
-  if (plan.converts) {
-    if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
-  } else if (plan.step_products) {
+  if (plan.step_products) {
     for (size_t d = 0; d < count; ++d) walks[d].run_by_steps(chunks[d]);
+  } else if (plan.converts) {
+    if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;
     for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
     walks[0].run_parts(args);
   }
   for (size_t d = 0; d < count; ++d) {
-    if (!plan.converts) walks[d].keep_carry(chunks[d]);
+    if (!plan.converts || plan.step_products) walks[d].keep_carry(chunks[d]);
     walks[d].unpack();
   }
 }

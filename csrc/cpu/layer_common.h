@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "layer.h"
+#include "products.h"
 
 namespace fastrnn::cpu {
 
@@ -33,6 +34,7 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.directions = layer.directions();
   s.element_size = type == at::kDouble ? 8 : 4;
   s.converts = type != given;
+  s.fast_products = has_fast_product(given);
   return s;
 }
 

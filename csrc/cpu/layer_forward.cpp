@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "layer_common.h"
-#include "products.h"
 
 namespace fastrnn::cpu {
 
@@ -123,7 +122,8 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   });
 }
 
-/// Few steps of a large layer, direction d; output holds x W_ih^T:
+/// Few steps of a large layer, or 16-bit products that are fast; direction d; output holds x
+/// W_ih^T:
 ///   y_t = f( y_t + h_{t-1} W_hh^T + bias ),  the product by ATen
 template <typename T>
 void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
@@ -132,19 +132,21 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
   Tensor h = layer.hx.defined() ? layer.hx[d] : Tensor();
   for (int64_t i = 0; i < layout.T; ++i) {
     const int64_t t = d == 1 ? layout.T - 1 - i : i;
-    const Tensor y_t = y[t];
-    if (h.defined()) multiply(h, w, y_t, /*accumulate=*/true);
+    const Tensor y_t = y.narrow(0, t, 1);
+    if (h.defined()) multiply(h, w, y_t[0], /*accumulate=*/true);
+    const Tensor sums = readable(y_t, c10::CppTypeToScalarType<T>::value);  // y_t itself if of T
     ForwardArgs<T> a = cell.args();
     a.steps = layout.steps(t, t + 1, false, 0);
     a.activation = layer.activation;
-    a.y = sequence_of<T>(layout, y, 0, 0);
+    a.y = sequence_of<T>(layout, sums, t, 0);
     for_each_part(layout, plan, 1, [&](int64_t, int64_t row_begin, int64_t row_end) {
       ForwardArgs<T> part = a;
       part.row_begin = row_begin;
       part.row_end = row_end;
       kernels<T>().forward(part);
     });
-    h = y_t;
+    if (!sums.is_same(y_t)) y_t.copy_(sums);
+    h = y_t[0];
   }
 }
 
@@ -204,16 +206,17 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
     for (int64_t d = 0; d < D; ++d)
       multiply(rows, layer.cells[d].w_ih.t(), narrow_direction(out, d, H));
   }
-  if constexpr (std::is_same_v<T, float>) {
-    for (int64_t d = 0; d < D && plan.converts; ++d)
-      forward_converted(layout, plan, layer, d, {layer.cells[d], plan, reads_state}, x, output);
-  }
-  if (plan.converts) return;
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
-  if (!plan.step_products) return forward_native<T>(layout, plan, layer, cells, x, output);
-  for (int64_t d = 0; d < D; ++d) forward_by_steps<T>(layout, plan, layer, d, cells[d], output);
+  if (!plan.step_products && !plan.converts)
+    return forward_native<T>(layout, plan, layer, cells, x, output);
+  for (int64_t d = 0; d < D; ++d) {
+    if (plan.step_products)
+      forward_by_steps<T>(layout, plan, layer, d, cells[d], output);
+    else if constexpr (std::is_same_v<T, float>)
+      forward_converted(layout, plan, layer, d, cells[d], x, output);
+  }
 }
 
 }  // namespace

@@ -20,8 +20,9 @@ constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // Packing reads and writes every weight once: too dear for few rows. A single sequence reads W_hh
 // at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256;
-// Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step.
-constexpr int64_t kRowsToPackLarge = 256;
+// Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step,
+// and the hidden size from which 16-bit instructions in that product outweigh all else.
+constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
 // Chunks of backward: large enough for the products over them to run at full speed, and a part of
@@ -43,10 +44,11 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
-  plan.fuse_input = (s.I + s.H) * s.H * s.element_size <= kFusedBytes &&
+  const bool large_16bit = s.converts && s.fast_products && s.H >= kHiddenFor16Bit;
+  plan.fuse_input = (s.I + s.H) * s.H * s.element_size <= kFusedBytes && !large_16bit &&
                     (!plan.pack_weights || (reuses_input_weight && s.I <= s.total_rows));
-  plan.step_products = !plan.fuse_input && !s.converts && !s.packed && s.B > kBatchToPack &&
-                       s.state_rows <= kRowsToPackLarge;
+  const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
+  plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
   plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t together = s.converts ? 1 : s.directions;

@@ -15,6 +15,7 @@ struct LayerShape {
   bool packed;           // sequences of unequal length
   int64_t element_size;  // of the type computed in: 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
+  bool fast_products;    // ATen has fast products of the tensors' type
 };
 
 struct Plan {

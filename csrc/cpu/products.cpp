@@ -10,10 +10,6 @@
 
 namespace fastrnn::cpu {
 
-namespace {
-
-/// Whether ATen's product of this type is a fast one. Where the processor has no instruction for a
-/// 16-bit type, it is a plain loop, 10 to 80 times slower than in float32.
 bool has_fast_product(at::ScalarType type) {
   if (type == at::kFloat || type == at::kDouble) return true;
 #if defined(__x86_64__)
@@ -23,6 +19,8 @@ bool has_fast_product(at::ScalarType type) {
   return false;
 #endif
 }
+
+namespace {
 
 /// In float32, block by block: the workspace is three blocks, whatever the size.
 void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
