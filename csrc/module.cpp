@@ -26,11 +26,15 @@ namespace py = pybind11;
 
 namespace {
 
+void check_type(bool right, py::handle value, const char* name, const char* expected) {
+  if (!right)
+    throw py::type_error(std::string("rnn(): argument '") + name + "' must be " + expected +
+                         ", not " + Py_TYPE(value.ptr())->tp_name);
+}
+
 /// nn.RNN takes no number for a flag either.
 bool flag(py::handle value, const char* name) {
-  if (!PyBool_Check(value.ptr()))
-    throw py::type_error(std::string("rnn(): argument '") + name + "' must be bool, not " +
-                         Py_TYPE(value.ptr())->tp_name);
+  check_type(PyBool_Check(value.ptr()), value, name, "bool");
   return value.ptr() == Py_True;
 }
 
@@ -42,12 +46,8 @@ std::tuple<at::Tensor, at::Tensor> rnn(const at::Tensor& input, const std::optio
                                        py::handle nonlinearity, py::handle bias,
                                        py::handle num_layers, py::handle bidirectional,
                                        py::handle batch_first) {
-  if (!PyUnicode_Check(nonlinearity.ptr()))
-    throw py::type_error(std::string("rnn(): argument 'nonlinearity' must be str, not ") +
-                         Py_TYPE(nonlinearity.ptr())->tp_name);
-  if (!PyLong_CheckExact(num_layers.ptr()))
-    throw py::type_error(std::string("rnn(): argument 'num_layers' must be int, not ") +
-                         Py_TYPE(num_layers.ptr())->tp_name);
+  check_type(PyUnicode_Check(nonlinearity.ptr()), nonlinearity, "nonlinearity", "str");
+  check_type(PyLong_CheckExact(num_layers.ptr()), num_layers, "num_layers", "int");
   const auto name = nonlinearity.cast<std::string>();
   const auto layers = num_layers.cast<int64_t>();
   const bool has_bias = flag(bias, "bias"), both = flag(bidirectional, "bidirectional");
@@ -69,9 +69,7 @@ bool is_plain_eager() {
 bool is_plain_cpu_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;  // Tensor or Parameter, no subclass of them
   const at::Tensor& t = THPVariable_Unpack(object);
-  const at::ScalarType type = t.scalar_type();
-  return t.is_cpu() && t.layout() == at::kStrided &&
-         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+  return t.is_cpu() && t.layout() == at::kStrided && fastrnn::is_fused_dtype(t.scalar_type());
 }
 
 /// A short way to the answer yes of functional.takes_fused_path, for the calls that are most

@@ -21,6 +21,11 @@ namespace fastrnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+/// Whether the operators take tensors of this type.
+inline bool is_fused_dtype(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
 /// What nn.RNN's constructor fixes.
 struct RnnOptions {
   std::string_view nonlinearity;  // "tanh" or "relu"

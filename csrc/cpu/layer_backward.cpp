@@ -127,7 +127,7 @@ class DirectionBackward {
       BackwardArgs<T> a = recurrence_args(step);
       a.steps.carry_rows = 0;
       if (!first) a.grad_h_n = {};
-      run_parts({a});
+      run_parts(layout_, plan_, std::vector{a}, kernels<T>().backward);
       if (!step.delta.is_same(delta)) delta.copy_(step.delta);
       carry_ = delta[0];
     }
@@ -140,25 +140,14 @@ class DirectionBackward {
       Chunk part;
       part.range = part_of(c.range, plan_.convert_steps, i, /*descending=*/!reverse());
       part.y_begin = part.range.begin;
-      part.y = to_float(narrow_steps(layout_, c.y, part.range, c.y_begin));
+      part.y = readable(narrow_steps(layout_, c.y, part.range, c.y_begin), kType);
       if (c.grad_y.defined())
-        part.grad_y = to_float(narrow_steps(layout_, c.grad_y, part.range, c.range.begin));
+        part.grad_y = readable(narrow_steps(layout_, c.grad_y, part.range, c.range.begin), kType);
       part.delta = make_delta(part.range, kType);
-      run_parts({recurrence_args(part)});
+      run_parts(layout_, plan_, std::vector{recurrence_args(part)}, kernels<T>().backward);
       narrow_steps(layout_, c.delta, part.range, c.range.begin).copy_(part.delta);
       keep_carry(part);
     }
-  }
-
-  /// All directions' parts of the batch, side by side.
-  void run_parts(const std::vector<BackwardArgs<T>>& directions) const {
-    const int64_t D = static_cast<int64_t>(directions.size());
-    for_each_part(layout_, plan_, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
-      BackwardArgs<T> part = directions[d];
-      part.row_begin = row_begin;
-      part.row_end = row_end;
-      kernels<T>().backward(part);
-    });
   }
 
   /// Everything that is made of a chunk's delta. grad_input: zeroed where `accumulate`, undefined
@@ -339,8 +328,8 @@ class DirectionBackward {
 
 /// delta of one chunk of each walk.
 template <typename T>
-void run_recurrence(const Plan& plan, std::vector<DirectionBackward<T>>& walks,
-                    const std::vector<Chunk>& chunks) {
+void run_recurrence(const Layout& layout, const Plan& plan,
+                    std::vector<DirectionBackward<T>>& walks, const std::vector<Chunk>& chunks) {
   const size_t count = walks.size();
   for (auto& walk : walks) walk.pack();
   if (plan.step_products) {
@@ -350,7 +339,7 @@ void run_recurrence(const Plan& plan, std::vector<DirectionBackward<T>>& walks,
   } else {
     std::vector<BackwardArgs<T>> args;
     for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
-    walks[0].run_parts(args);
+    run_parts(layout, plan, args, kernels<T>().backward);
   }
   for (size_t d = 0; d < count; ++d) {
     if (!plan.converts || plan.step_products) walks[d].keep_carry(chunks[d]);
@@ -379,7 +368,7 @@ std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Te
     for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
       std::vector<Chunk> chunks;
       for (const auto& walk : walks) chunks.push_back(walk.chunk(i, output, grad_output));
-      run_recurrence(plan, walks, chunks);
+      run_recurrence(layout, plan, walks, chunks);
       for (int64_t d = 0; d < together; ++d)
         walks[d].add_gradients(chunks[d], wanted.input, accumulate);
     }

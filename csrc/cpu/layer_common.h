@@ -111,9 +111,6 @@ inline Tensor readable(const Tensor& t, at::ScalarType type) {
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
 
-/// A part of a 16-bit tensor for the recurrence to work on.
-inline Tensor to_float(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
 /// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
 inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
   constexpr size_t kSmall = 1 << 14;  // bytes; above, at::copy_ uses all threads
@@ -171,6 +168,19 @@ void for_each_part(const Layout& layout, const Plan& plan, int64_t directions, c
     run(0, parts);
   else
     at::parallel_for(0, parts, 1, run);
+}
+
+/// Runs a kernel on every part of the batch, of all `directions` side by side.
+template <typename Args>
+void run_parts(const Layout& layout, const Plan& plan, const std::vector<Args>& directions,
+               void (*kernel)(const Args&)) {
+  const int64_t D = static_cast<int64_t>(directions.size());
+  for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
+    Args part = directions[d];
+    part.row_begin = row_begin;
+    part.row_end = row_end;
+    kernel(part);
+  });
 }
 
 }  // namespace fastrnn::cpu

@@ -114,12 +114,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
     if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
     args.push_back(a);
   }
-  for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
-    ForwardArgs<T> part = args[d];
-    part.row_begin = row_begin;
-    part.row_end = row_end;
-    kernels<T>().forward(part);
-  });
+  run_parts(layout, plan, args, kernels<T>().forward);
 }
 
 /// Few steps of a large layer, or 16-bit products that are fast; direction d; output holds x
@@ -139,12 +134,7 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
     a.steps = layout.steps(t, t + 1, false, 0);
     a.activation = layer.activation;
     a.y = sequence_of<T>(layout, sums, t, 0);
-    for_each_part(layout, plan, 1, [&](int64_t, int64_t row_begin, int64_t row_end) {
-      ForwardArgs<T> part = a;
-      part.row_begin = row_begin;
-      part.row_end = row_end;
-      kernels<T>().forward(part);
-    });
+    run_parts(layout, plan, std::vector{a}, kernels<T>().forward);
     if (!sums.is_same(y_t)) y_t.copy_(sums);
     h = y_t[0];
   }
@@ -166,23 +156,18 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
     ForwardArgs<float> a = cell.args();
     Tensor x_part, y;
     if (plan.fuse_input) {
-      x_part = to_float(narrow_steps(layout, x, range));
+      x_part = readable(narrow_steps(layout, x, range), at::kFloat);
       a.x = sequence_of<const float>(layout, x_part, range.begin, 0);
       y = at::empty(target.sizes(), x_part.options());
     } else {
-      y = to_float(target);
+      y = readable(target, at::kFloat);
     }
     a.steps = layout.steps(range.begin, range.end, reverse, carry_rows);
     a.activation = layer.activation;
     a.y = sequence_of<float>(layout, y, range.begin, 0);
     a.carry = matrix_of<float>(carry);
     a.hx = matrix_of<float>(hx);
-    for_each_part(layout, plan, 1, [&](int64_t, int64_t row_begin, int64_t row_end) {
-      ForwardArgs<float> part = a;
-      part.row_begin = row_begin;
-      part.row_end = row_end;
-      kernels<float>().forward(part);
-    });
+    run_parts(layout, plan, std::vector{a}, kernels<float>().forward);
     target.copy_(y);
     const int64_t last = reverse ? range.begin : range.end - 1;
     carry_rows = layout.rows(last);

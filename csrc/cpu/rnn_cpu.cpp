@@ -15,10 +15,9 @@ cpu::Activation activation_of(std::string_view nonlinearity) {
 }
 
 void check_dtype(const Tensor& input) {
-  const at::ScalarType type = input.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
-      "fastrnn's operators are not implemented for ", c10::toString(type),
+      is_fused_dtype(input.scalar_type()), "fastrnn's operators are not implemented for ",
+      c10::toString(input.scalar_type()),
       ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
 }
 
