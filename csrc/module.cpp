@@ -117,6 +117,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;
   result["backward_steps"] = plan.backward_steps;
+  result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
   return result;
 }

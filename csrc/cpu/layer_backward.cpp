@@ -79,7 +79,7 @@ class DirectionBackward {
     a.steps = layout_.steps(c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
     a.H = H_;
     a.activation = activation_;
-    if (w_hh_panels_.defined()) a.w_hh_panels = w_hh_panels_.template const_data_ptr<T>();
+    a.w_hh_panels = w_hh_panels_.data();
     a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
     a.grad_h_n = matrix_of<T>(grad_h_n_);
     a.carry = matrix_of<T>(carry_);
@@ -91,10 +91,9 @@ class DirectionBackward {
   /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
   /// gradients and it are never in memory together.
   void pack() {
-    if (layout_.T > 1 && !plan_.step_products)
-      w_hh_panels_ = pack_weight<T>(cell_.w_hh, /*transposed=*/false);
+    if (layout_.T > 1) w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
   }
-  void unpack() { w_hh_panels_ = Tensor(); }
+  void unpack() { w_hh_panels_ = {}; }
 
   /// Keeps delta of the last step walked for the chunk after this one.
   void keep_carry(const Chunk& c) {
@@ -164,8 +163,12 @@ class DirectionBackward {
   }
 
   /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
-  Cell finish(const Tensor& grad_hx) const {
+  Cell finish(const Tensor& grad_hx) {
     if (grad_hx.defined()) multiply(delta_first_, cell_.w_hh, grad_hx);
+    if (!grad_b_.empty()) {
+      sums_.b_ih = at::empty({H_}, input_.options());
+      std::memcpy(sums_.b_ih.mutable_data_ptr(), grad_b_.data(), sums_.b_ih.nbytes());
+    }
     Cell result = sums_;
     // A single step without hx has no previous state.
     if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros_like(cell_.w_hh);
@@ -236,7 +239,8 @@ class DirectionBackward {
     };
     a.grad_w_ih = zeroed(sums_.w_ih, wanted_[0], {H_, a.I});
     a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});
-    a.grad_b = zeroed(sums_.b_ih, wanted_[2] || wanted_[3], {H_});
+    if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
+    if (!grad_b_.empty()) a.grad_b = grad_b_.data();
     a.parts = plan_.parallel ? available_threads() : 1;
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -318,23 +322,30 @@ class DirectionBackward {
   const Activation activation_;
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
-  Tensor hx_, grad_h_n_;  // [B, H] or undefined; grad_h_n_ in T
-  Tensor w_hh_panels_;    // of W_hh, untransposed, in T
-  Tensor carry_;          // delta of the last step walked, [carry_rows_, H]; in T for the kernels
+  Tensor hx_, grad_h_n_;   // [B, H] or undefined; grad_h_n_ in T
+  Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T
+  Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;
-  Tensor delta_first_;  // [B, H] delta at each row's first forward step; undefined if not wanted
-  Cell sums_;           // undefined before the first chunk; b_hh is not used
+  Tensor delta_first_;     // [B, H] delta at each row's first forward step; undefined if not wanted
+  Cell sums_;              // undefined before the first chunk; b_hh is not used
+  std::vector<T> grad_b_;  // in place of sums_.b_ih, by our kernel: [H] or empty
 };
 
-/// delta of one chunk of each walk.
+/// delta of one chunk of each walk, the walk's first or a later one.
 template <typename T>
-void run_recurrence(const Layout& layout, const Plan& plan,
+void run_recurrence(const Layout& layout, const Plan& plan, bool first,
                     std::vector<DirectionBackward<T>>& walks, const std::vector<Chunk>& chunks) {
   const size_t count = walks.size();
+  const bool step_products = plan.step_products || (plan.packs_once && !first);
+  if (step_products) {
+    for (size_t d = 0; d < count; ++d) {
+      walks[d].run_by_steps(chunks[d]);
+      walks[d].keep_carry(chunks[d]);
+    }
+    return;
+  }
   for (auto& walk : walks) walk.pack();
-  if (plan.step_products) {
-    for (size_t d = 0; d < count; ++d) walks[d].run_by_steps(chunks[d]);
-  } else if (plan.converts) {
+  if (plan.converts) {
     if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;
@@ -342,7 +353,7 @@ void run_recurrence(const Layout& layout, const Plan& plan,
     run_parts(layout, plan, args, kernels<T>().backward);
   }
   for (size_t d = 0; d < count; ++d) {
-    if (!plan.converts || plan.step_products) walks[d].keep_carry(chunks[d]);
+    if (!plan.converts) walks[d].keep_carry(chunks[d]);
     walks[d].unpack();
   }
 }
@@ -368,7 +379,7 @@ std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Te
     for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
       std::vector<Chunk> chunks;
       for (const auto& walk : walks) chunks.push_back(walk.chunk(i, output, grad_output));
-      run_recurrence(layout, plan, walks, chunks);
+      run_recurrence(layout, plan, /*first=*/i == 0, walks, chunks);
       for (int64_t d = 0; d < together; ++d)
         walks[d].add_gradients(chunks[d], wanted.input, accumulate);
     }

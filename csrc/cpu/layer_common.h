@@ -120,25 +120,49 @@ inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
     destination.copy_(source);
 }
 
-/// Panels, in T, of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight
-/// itself.
+/// A packed weight.
 template <typename T>
-Tensor pack_weight(const Tensor& weight, bool transposed) {
-  const Tensor w = transposed ? weight.t() : weight;
-  const int64_t K = w.size(0), N = w.size(1);
-  const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  const Tensor panels = at::empty({kernels<T>().packed_size(K, N)}, w.options().dtype(type));
-  // A 16-bit weight is converted a slice at a time; the slices hold whole panels.
-  constexpr int64_t kSlice = 256;
-  const int64_t slice = w.scalar_type() == type ? std::max<int64_t>(N, 1) : kSlice;
-  for (int64_t n = 0; n < N; n += slice) {
-    const int64_t count = std::min(slice, N - n);
-    const Tensor part = w.scalar_type() == type ? w : w.narrow(1, n, count).to(type);
-    kernels<T>().pack(part.const_data_ptr<T>(), part.stride(0), part.stride(1), K, count,
-                      panels.mutable_data_ptr<T>() + kernels<T>().packed_size(K, n));
+class Panels {
+ public:
+  Panels() = default;  // none
+
+  /// Of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight itself.
+  Panels(const Tensor& weight, bool transposed) {
+    const Tensor w = transposed ? weight.t() : weight;
+    const int64_t K = w.size(0), N = w.size(1);
+    const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    T* panels = allocate(kernels<T>().packed_size(K, N), w.options().dtype(type));
+    // A 16-bit weight is converted a slice at a time; the slices hold whole panels.
+    constexpr int64_t kSlice = 256;
+    const int64_t slice = w.scalar_type() == type ? std::max<int64_t>(N, 1) : kSlice;
+    for (int64_t n = 0; n < N; n += slice) {
+      const int64_t count = std::min(slice, N - n);
+      const Tensor part = w.scalar_type() == type ? w : w.narrow(1, n, count).to(type);
+      kernels<T>().pack(part.const_data_ptr<T>(), part.stride(0), part.stride(1), K, count,
+                        panels + kernels<T>().packed_size(K, n));
+    }
   }
-  return panels;
-}
+
+  /// Null if there are none.
+  const T* data() const {
+    if (large_.defined()) return large_.template const_data_ptr<T>();
+    return small_.empty() ? nullptr : small_.data();
+  }
+
+ private:
+  T* allocate(int64_t size, const at::TensorOptions& options) {
+    constexpr int64_t kSmall = 1 << 10;  // a tensor costs more than a small layer
+    if (size <= kSmall) {
+      small_.resize(size);
+      return small_.data();
+    }
+    large_ = at::empty({size}, options);
+    return large_.template mutable_data_ptr<T>();
+  }
+
+  std::vector<T> small_;
+  Tensor large_;
+};
 
 /// Calls body(direction, row_begin, row_end) for every direction and part of the batch, side by
 /// side. Parts get equal numbers of rows x steps, so that long packed sequences share evenly.

@@ -43,7 +43,7 @@ template <typename T>
 struct PreparedCell {
   Tensor w_ih, w_hh;  // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
   bool packed = false;
-  Tensor w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
+  Panels<T> w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
   std::vector<T> bias;  // b_ih + b_hh, [padded H], or empty; a tensor costs more than a small layer
 
   PreparedCell(const Cell& cell, const Plan& plan, bool reads_state)
@@ -52,9 +52,8 @@ struct PreparedCell {
     const int64_t H = w_hh.size(0);
     if (plan.pack_weights || plan.step_products) {
       packed = true;
-      if (reads_state && !plan.step_products)
-        w_hh_panels = pack_weight<T>(w_hh, /*transposed=*/true);
-      if (plan.fuse_input) w_ih_panels = pack_weight<T>(w_ih, /*transposed=*/true);
+      if (reads_state && !plan.step_products) w_hh_panels = Panels<T>(w_hh, /*transposed=*/true);
+      if (plan.fuse_input) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
     } else {
       w_ih = readable(w_ih, type);
       w_hh = readable(w_hh, type);
@@ -72,8 +71,8 @@ struct PreparedCell {
     a.I = w_ih.size(1);
     a.H = w_hh.size(0);
     if (packed) {
-      if (w_hh_panels.defined()) a.w_hh_panels = w_hh_panels.const_data_ptr<T>();
-      if (w_ih_panels.defined()) a.w_ih_panels = w_ih_panels.const_data_ptr<T>();
+      a.w_hh_panels = w_hh_panels.data();
+      a.w_ih_panels = w_ih_panels.data();
     } else {
       a.w_hh = matrix_of<T>(w_hh);
       a.w_ih = matrix_of<T>(w_ih);

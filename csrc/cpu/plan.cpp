@@ -29,8 +29,10 @@ constexpr int64_t kWorkPerThread = 1 << 19;
 // the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
 constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 1 << 14, kParts = 4;
+// Smaller panels are too little memory to give up the speed of packing for.
+constexpr int64_t kLargePanelBytes = 1 << 20;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
-constexpr int64_t kConvertParts = 5, kConvertBytes = 1 << 16;
+constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -63,17 +65,24 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const auto steps_in = [&](int64_t bytes) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
   };
-  // Gradients of a first chunk are in memory beside the packed W_hh of a second one: a single chunk
-  // where delta is smaller than that, else parts of the sequence. Packed sequences have previous
-  // states gathered, as much again as delta.
+  // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
+  // chunk where delta is smaller than that, else parts of the sequence; of a large W_hh, as long as
+  // it is larger than a part's delta, two parts, the second without packing.
+  // Packed sequences have previous states gathered, as much again as delta.
+  const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
   const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
-  const bool single = s.T * step_bytes <= std::max(kSmallBytes, s.H * s.H * s.element_size);
   const int64_t chunk = s.converts ? s.T : steps_in(kChunkBytes / together);
-  plan.backward_steps =
-      single ? s.T
-             : std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
+  plan.packs_once = !s.packed && !s.converts && s.B > kBatchToPack && delta_bytes > panel_bytes &&
+                    delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
+  if (delta_bytes <= std::max(kSmallBytes, panel_bytes))
+    plan.backward_steps = s.T;
+  else if (plan.packs_once)
+    plan.backward_steps = divide_up(s.T, 2);
+  else
+    plan.backward_steps =
+        std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
   const int64_t convert_bytes =
-      std::clamp(s.T * step_bytes / 2 / kConvertParts, kConvertBytes / 4, kConvertBytes);
+      std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 16, kConvertBytes);
   plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
   return plan;
 }

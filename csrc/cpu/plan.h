@@ -27,6 +27,7 @@ struct Plan {
   int64_t row_blocks;  // parts of the batch, each walks through time without hand-over
   bool own_outer_product;  // weight gradients by our kernel; else by ATen's matrix product
   int64_t backward_steps;  // steps per chunk of the backward workspace
+  bool packs_once;         // backward's chunks after the first use step_products
   int64_t convert_steps;   // steps at a time in float32 (16-bit tensors only)
 };
 
