@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # make demo | test | lint | bench | clean. Each target sets up what it needs in .venv, once.
+# make gpu builds with CUDA, tests and measures on a GPU, with the torch and pytest of PYTHON.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 $(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
@@ -35,11 +36,14 @@ test: $(VENV)/built $(VENV)/dev
 lint: $(VENV)/built $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests benchmarks -regex '.*\.\(cpp\|h\|inl\|cu\|cuh\)' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(RUN) -m mypy
 
 bench: $(VENV)/built $(VENV)/dev
 	$(RUN) benchmarks/run.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build fastrnn/*.so *.egg-info
