@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/gpu.py around its measurements: build, suite, microbenchmarks, JSON, table, status."""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+# A folder of scripts: each finds the others because Python puts a script's folder first.
+sys.path.insert(0, str(FOLDER))
+import gpu  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_steps  # noqa: E402
+import gpu_table  # noqa: E402
+
+TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
+PASSED = {"status": "passed", "returncode": 0, "seconds": 1.0, "output": ""}
+FAILED = {"status": "failed", "returncode": 1, "seconds": 2.0, "output": "error: made up"}
+JUNIT = """<testsuites><testsuite tests="5">
+<testcase classname="tests.test_a" name="test_good"/>
+<testcase classname="tests.test_a" name="test_better"><system-out>x</system-out></testcase>
+<testcase classname="tests.test_a" name="test_bad[1]"><failure message="no">x</failure></testcase>
+<testcase classname="tests.test_b" name="test_broken"><error message="no">x</error></testcase>
+<testcase classname="tests.test_b" name="test_later"><skipped message="why"/></testcase>
+</testsuite></testsuites>"""
+SUITE = """import pytest
+
+@pytest.mark.gpu
+def test_good():
+    pass
+
+@pytest.mark.gpu
+def test_bad():
+    assert 1 + 1 == 3
+
+@pytest.mark.gpu
+def test_later():
+    pytest.skip("no GPU")
+
+def test_of_the_cpu():
+    raise AssertionError
+"""
+# Compiles a CUDA source into a shell script; knows one architecture only.
+NVCC = """#!/bin/sh
+echo "nvcc warning: $*" >&2
+case "$*" in *native*) exit 1;; esac
+while [ "$1" != -o ]; do shift; done
+cat > "$2" <<'END'
+#!/bin/sh
+echo a warning >&2
+echo 'RESULT'
+END
+chmod +x "$2"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with a suite of its own."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_gpu.py").write_text(SUITE, encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n", encoding="utf-8")
+    monkeypatch.setattr(gpu_steps, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """What would have been executed, and the results to come."""
+    commands, results = [], []
+
+    def execute(command, limit, environment=None):
+        commands.append((command, limit, environment))
+        return results.pop(0)
+
+    monkeypatch.setattr(gpu_steps, "execute", execute)
+    return commands, results
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Measure one tiny case, in this process and without numbers."""
+
+    class Worker:
+        found = None
+
+        def ask(self, function, *arguments, limit):
+            return self.found if function is gpu.perform else function(*arguments)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gpu, "CASES", [TINY])
+    monkeypatch.setattr(gpu, "Worker", Worker)
+    return Worker
+
+
+def entry(H, B, inference, training, part="grid", gate=None, error=None, name=None):
+    """A case as the JSON has it."""
+    numbers = {"inference": {"speedup": inference}, "training": {"speedup": training}}
+    return {
+        "name": name or f"bf16 T512 B{B} H{H}",
+        "part": part,
+        "spec": {"H": H, "B": B, "precision": "bf16"},
+        "gate": gate,
+        "error": error,
+        "eager": numbers,
+    }
+
+
+def report_of(*entries):
+    return {
+        "device": "cuda",
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {"gpu": {"name": "NVIDIA H200"}},
+        "versions": dict.fromkeys(("fastrnn", "torch", "cuda", "cudnn", "driver"), "1.2"),
+        "commit": {"hash": "0123456789abcdef", "dirty": False},
+        "steps": {
+            "build": {"status": "passed", "seconds": 61.2},
+            "suite": {"status": "failed", "passed": 7, "failed": 1, "skipped": 2, "seconds": 9.0,
+                      "failing": ["tests.test_a::test_b"]},
+            "micro": {"status": "absent"},
+        },
+        "cases": list(entries),
+        "not_measured": ["bf16 T16 B16 H128 (eager)", "x"],
+    }  # fmt: skip
+
+
+def run_main(tmp_path, *options):
+    """The exit status and the report of a run on the CPU."""
+    status = gpu.main(["--device", "cpu", "--quick", "--output", str(tmp_path), *options])
+    (path,) = tmp_path.glob("*")
+    return status, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_programs_report_their_status_and_the_end_of_their_output():
+    found = gpu_steps.execute(["sh", "-c", "seq 100000; echo last >&2"], 60)
+    assert (found["status"], found["returncode"]) == ("passed", 0)
+    assert len(found["output"]) == gpu_steps.TAIL and found["output"].endswith("100000\nlast\n")
+    found = gpu_steps.execute(["sh", "-c", "exit 3"], 60)
+    assert (found["status"], found["returncode"]) == ("failed", 3)
+    found = gpu_steps.execute(["/no/such/program"], 60)
+    assert found["status"] == "failed" and "/no/such" not in found["error"]
+
+
+def test_a_program_at_its_limit_is_ended_with_those_it_started(tmp_path):
+    script = f"echo started; (sleep 3; touch {tmp_path}/alive) & wait"
+    found = gpu_steps.execute(["sh", "-c", script], 1.0)
+    assert (found["status"], found["output"]) == ("timed out", "started\n")
+    assert 1 <= found["seconds"] < 3
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_the_build_is_with_cuda_and_falls_back_to_setup_py(executed):
+    commands, results = executed
+    results += [FAILED, PASSED]
+    found = gpu_steps.build(100.0)
+    assert (found["by"], found["status"]) == ("setup.py", "passed")
+    assert found["pip_output"] == "error: made up"
+    assert [limit for _, limit, _ in commands] == [100.0, 98.0]
+    assert all(environment["FASTRNN_CUDA"] == "1" for *_, environment in commands)
+    (pip, setup) = (command[1:] for command, *_ in commands)
+    assert pip[:3] == ["-m", "pip", "install"] and {"--no-build-isolation", "--no-deps"} < {*pip}
+    assert setup == ["setup.py", "build_ext", "--inplace"]
+    results += [PASSED]
+    assert gpu_steps.build(100.0)["by"] == "pip"
+    assert len(commands) == 3
+
+
+def test_junit_is_counted_and_failures_are_named():
+    assert gpu_steps.counts(JUNIT) == {
+        "passed": 2,
+        "failed": 2,
+        "skipped": 1,
+        "failing": ["tests.test_a::test_bad[1]", "tests.test_b::test_broken"],
+    }
+
+
+def test_the_suite_runs_the_tests_marked_gpu_and_all_of_them(checkout):
+    found = gpu_steps.suite(120.0)
+    assert found["status"] == "failed" and "assert (1 + 1) == 3" in found["output"]
+    assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert found["failing"] == ["tests.test_gpu::test_bad"]
+    text = (checkout / "tests" / "test_gpu.py").read_text(encoding="utf-8")
+    (checkout / "tests" / "test_gpu.py").write_text(text.replace("gpu", "skipif(False, reason='')"))
+    assert gpu_steps.suite(120.0)["status"] == "absent"
+
+
+@pytest.mark.parametrize(
+    ("printed", "key", "value"),
+    [
+        ('{"hop_ns": [1, 2]}', "results", {"hop_ns": [1, 2]}),
+        ("nothing", "error", "printed no JSON object: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_microbenchmarks_are_compiled_and_their_json_is_kept(
+    printed, key, value, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gpu_steps, "MICRO", tmp_path / "gpu_micro.cu")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    assert gpu_steps.micro(60.0) == {"status": "absent"}
+    gpu_steps.MICRO.touch()
+    assert gpu_steps.micro(60.0)["status"] == "failed"
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC.replace("RESULT", printed), encoding="utf-8")
+    nvcc.chmod(0o755)
+    found = gpu_steps.micro(60.0)
+    assert found[key] == value
+    assert found["status"] == ("passed" if key == "results" else "failed")
+
+
+def test_texts_for_the_json_name_neither_folders_nor_the_host():
+    text = f"{gpu_steps.ROOT}/csrc/a.cpp: -I/opt/x/include /usr/bin/nvcc, on {platform.node()}."
+    assert gpu_steps.without_paths({"a": [text, 1]}) == {
+        "a": ["csrc/a.cpp: -I…/include …/nvcc, on <host>.", 1]
+    }
+    harmless = "tests/test_a.py::test_b 1/2 a / b // c"
+    assert gpu_steps.without_paths(harmless) == harmless
+
+
+def test_the_table_has_the_grid_its_means_and_its_losses():
+    cases = [
+        entry(64, 1, 2.0, 0.5),
+        entry(64, 16, 8.0, 2.0, part="core"),
+        entry(128, 1, 9.0, 9.0, gate="output: wrong"),
+        entry(200, 16, 3.0, 4.0, part="extra", name="bf16 T512 B16 H200"),
+    ]
+    text = gpu_table.render(report_of(*cases))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["H", "64", "2.00", "8.00", "0.50", "2.00"] in rows
+    assert ["H", "128", "red", "–", "red", "–"] in rows
+    assert "inference: geometric mean 4.00x over 2 points, none below 1.0x" in text
+    assert "training: geometric mean 1.00x over 2 points, below 1.0x: H64 B1 (0.50)" in text
+    assert "bf16 T512 B16 H200 eager: inference 3.00, training 4.00" in text
+    assert "bf16 T512 B1 H128: gate: output: wrong" in text and "9.00" not in text
+    assert "graph" not in text
+
+
+def test_the_table_tells_graphs_by_the_gpus_time_and_what_was_not_captured():
+    case = entry(64, 1, 2.0, 2.0)
+    case["graph"] = {
+        "inference": {"speedup": 7.0, "gpu_speedup": 5.0},
+        "training": {"nn_rnn_error": "RuntimeError: no graph", "fastrnn_us": 3.0},
+    }
+    text = gpu_table.render(report_of(case, entry(64, 16, 2.0, 2.0)))
+    assert ["H", "64", "5.00", "–", "–", "–"] in [line.split() for line in text.splitlines()]
+    assert "inference: geometric mean 5.00x over 1 points" in text
+    assert "training: nothing measured" in text
+    assert "nn_rnn not captured, 1 times: RuntimeError: no graph" in text
+
+
+def test_the_table_tells_the_machine_the_steps_and_what_is_missing(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(report_of(entry(64, 1, 1.0, 1.0))), encoding="utf-8")
+    assert gpu.main(["--table", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("NVIDIA H200; fastrnn 1.2") and "commit 0123456789; 2026-01-02" in text
+    assert "build: passed (61 s)\nsuite: failed (7 passed, 1 failed, 2 skipped, 9 s)" in text
+    assert "  failed: tests.test_a::test_b\nmicro: absent" in text
+    assert "cases: 1, with a red gate or an error: 0" in text
+    assert "not measured: 2, from bf16 T16 B16 H128 (eager) on" in text
+
+
+def test_a_failed_build_is_kept_and_only_the_microbenchmarks_go_on(
+    in_process, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(gpu_steps, "build", lambda limit: FAILED)
+    monkeypatch.setattr(gpu_steps, "suite", lambda limit: pytest.fail("nothing to test"))
+    monkeypatch.setattr(gpu_steps, "micro", lambda limit: PASSED)
+    status, report = run_main(tmp_path)
+    assert status == 1
+    assert report["steps"]["build"] == FAILED
+    assert report["steps"]["suite"] == {"status": "skipped"}
+    assert report["steps"]["micro"] == PASSED
+    assert (report["cases"], report["not_measured"]) == ([], [f"{TINY.name} (eager)"])
+
+
+@pytest.mark.parametrize(
+    ("suite", "found", "status"),
+    [
+        ("passed", {"gate": None, "eager": {}}, 0),
+        ("absent", {"gate": None, "eager": {}}, 0),
+        ("failed", {"gate": None, "eager": {}}, 1),
+        ("timed out", {"gate": None, "eager": {}}, 1),
+        ("passed", {"gate": "output: wrong"}, 1),
+        ("passed", {"gate": None, "eager": {}, "error": "eager: made up"}, 1),
+    ],
+)
+def test_the_exit_status_is_that_of_suite_and_gate(
+    suite, found, status, in_process, monkeypatch, tmp_path
+):
+    limits = []
+    monkeypatch.setattr(in_process, "found", found)
+    monkeypatch.setattr(gpu_steps, "suite", lambda limit: limits.append(limit) or {"status": suite})
+    monkeypatch.setattr(gpu_steps, "micro", lambda limit: {"status": "absent"})
+    result, report = run_main(tmp_path, "--skip-build")
+    assert result == status
+    # A quick run has ten minutes, and the suite four tenths of them.
+    assert 230 < limits[0] <= 240
+    assert report["complete"] is False
+
+
+def test_without_a_gpu_or_a_case_nothing_is_done(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--output", str(tmp_path)]) == 2
+    assert "no GPU here" in capsys.readouterr().err
+    assert gpu.main(["--output", str(tmp_path), "--only", "no such case"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_its_own_process_from_the_start_to_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "CASES", [TINY])
+    status, report = run_main(tmp_path, "--skip-build", "--skip-tests")
+    (case,) = report["cases"]
+    assert (status, case["name"], case["gate"], case["error"]) == (0, TINY.name, None, None)
+    for mode in ("inference", "training"):
+        numbers = case["eager"][mode]
+        assert all(numbers[key] > 0 for key in ("nn_rnn_us", "fastrnn_us", "speedup"))
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["machine"]["build"]["torch"]
+    assert report["settings"]["quick"] is True
+    text = json.dumps(report)
+    assert '"/' not in text and json.dumps(platform.node()) not in text
+    assert "inference: geometric mean" in capsys.readouterr().out
