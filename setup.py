@@ -1,35 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds fastrnn._C. Needs an installed torch: use `pip install --no-build-isolation`.
 
-Environment: DEBUG=1 for an unoptimised build with assertions, MAX_JOBS for parallel compilation.
+The CUDA part is built where torch has CUDA and a CUDA toolkit of the same major version is found;
+a GPU is not needed. `python -m fastrnn.info` tells afterwards whether it was built, and why.
+
+Environment: FASTRNN_CUDA=0 leaves the CUDA part out, 1 makes its absence an error;
+TORCH_CUDA_ARCH_LIST for its GPUs; DEBUG=1 for a build with assertions, its C++ unoptimised;
+MAX_JOBS for parallel compilation.
 """
 
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
+#: Unless TORCH_CUDA_ARCH_LIST is set, whatever GPU this machine has. Machine code of 8.0 runs on
+#: every 8.x. 9.0a is Hopper with the instructions that it alone has, so its PTX would run nowhere
+#: else: newer GPUs get the PTX of 8.0, which their driver compiles.
+ARCHITECTURES = "8.0+PTX;9.0a"
 
 
-def cpu_extension() -> CppExtension:
-    """The extension module: every source under csrc/, with OpenMP for at::parallel_for.
+class Facts(NamedTuple):
+    """What the decision about the CUDA part depends on."""
+
+    asked: str  # FASTRNN_CUDA; empty if unset
+    torch: str
+    torch_cuda: str | None  # the CUDA that torch was built with
+    home: str | None  # folder of the CUDA toolkit
+    nvcc: str | None  # version of the nvcc in it
+    headers: bool  # whether the headers of the CUDA runtime are in it
+
+
+def gather_facts() -> Facts:
+    """The facts of this machine; without torch.cuda.is_available(), as none is about a GPU."""
+    asked = os.environ.get("FASTRNN_CUDA", "")
+    nvcc, headers = None, False
+    if torch.version.cuda and CUDA_HOME:
+        nvcc = nvcc_version(Path(CUDA_HOME))
+        headers = Path(CUDA_HOME, "include", "cuda_runtime.h").exists()
+    return Facts(asked, str(torch.__version__), torch.version.cuda, CUDA_HOME, nvcc, headers)
+
+
+def nvcc_version(home: Path) -> str | None:
+    """The version of a toolkit's nvcc; None if there is no nvcc that runs."""
+    program = shutil.which("nvcc", path=str(home / "bin"))
+    if program is None:
+        return None
+    try:
+        process = subprocess.run([program, "--version"], capture_output=True, text=True)
+    except OSError:
+        return None
+    found = re.search(r"release (\d+\.\d+)", process.stdout)
+    return found[1] if found else None
+
+
+def what_is_missing(facts: Facts) -> tuple[str, str] | None:
+    """What keeps the CUDA part from being built and what to do about it; None if nothing does."""
+    if not facts.torch_cuda:
+        return f"torch {facts.torch} has no CUDA", "install a torch that is built with CUDA"
+    torch_has = f"torch {facts.torch} has CUDA {facts.torch_cuda}"
+    major = facts.torch_cuda.split(".")[0]
+    remedy = f"install the CUDA toolkit {major}.x, or set CUDA_HOME to its folder"
+    if not facts.home:
+        return f"{torch_has}, but no CUDA toolkit was found", remedy
+    if not facts.nvcc:
+        return f"{torch_has}, but the CUDA toolkit at {facts.home} has no working nvcc", remedy
+    if not facts.headers:
+        return f"{torch_has}, but there is no include/cuda_runtime.h at {facts.home}", remedy
+    if facts.nvcc.split(".")[0] != major:
+        return f"{torch_has}, but nvcc at {facts.home} is of CUDA {facts.nvcc}", remedy
+    return None
+
+
+def decide_cuda(facts: Facts) -> tuple[bool, str]:
+    """Whether to build the CUDA part, and the reason in a sentence."""
+    if facts.asked not in ("", "0", "1"):
+        raise SystemExit(f"fastrnn: FASTRNN_CUDA must be 0, 1 or unset, not {facts.asked!r}")
+    if facts.asked == "0":
+        return False, "FASTRNN_CUDA=0 left it out"
+    missing = what_is_missing(facts)
+    if missing is None:
+        return True, f"torch {facts.torch} has CUDA {facts.torch_cuda}, nvcc is {facts.nvcc}"
+    what, remedy = missing
+    if facts.asked == "1":
+        raise SystemExit(
+            f"fastrnn: FASTRNN_CUDA=1 asks for the CUDA part, but it cannot be built: {what}. "
+            f"To build it, {remedy}; to build without it, set FASTRNN_CUDA=0."
+        )
+    return False, what
+
+
+def sources(root: Path, cuda: bool) -> list[str]:
+    """Every source under csrc/; without those in csrc/cuda/ unless the CUDA part is built."""
+    found = [p.relative_to(root) for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")]
+    return sorted(p.as_posix() for p in found if cuda or p.parts[1] != "cuda")
+
+
+def cxx_flags(cuda: bool, reason: str, debug: bool) -> list[str]:
+    """Flags for the C++ sources.
 
     The instruction set of each recurrence_*.cpp is chosen inside the file, so one list of flags
     serves all; the recurrence is optimised in a debug build too, since its tiles live in registers.
     """
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    level = ["-O1", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
-    return CppExtension(
+    level = ["-O1", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
+    # Escapes of JSON are escapes of C++.
+    facts = [f"-DFASTRNN_CUDA_REASON={json.dumps(reason, ensure_ascii=False)}"]
+    if cuda:
+        facts.append("-DFASTRNN_CUDA=1")
+    return [*level, "-std=c++20", "-Wall", *openmp_flags(), *facts]
+
+
+def nvcc_flags(debug: bool) -> list[str]:
+    """Flags for the kernels, without architectures: torch adds these and bans implicit half casts.
+
+    A debug build is optimised as well. Unlike Python's flags for C++, torch's leave assertions on.
+    """
+    return ["-O3", "-std=c++20", "-Xcompiler=-Wall", "-lineinfo" if debug else "-DNDEBUG"]
+
+
+def openmp_flags() -> list[str]:
+    """For at::parallel_for; Apple's compiler has no OpenMP."""
+    return [] if sys.platform == "darwin" else ["-fopenmp"]
+
+
+def extension(cuda: bool, reason: str) -> Extension:
+    """The extension module."""
+    make = CUDAExtension if cuda else CppExtension
+    flags = {"cxx": cxx_flags(cuda, reason, DEBUG), "nvcc": nvcc_flags(DEBUG)}
+    return make(
         "fastrnn._C",
-        sources,
-        extra_compile_args=[*level, "-std=c++20", "-Wall", *openmp],
-        extra_link_args=openmp,
+        sources(ROOT, cuda),
+        extra_compile_args=flags,
+        extra_link_args=openmp_flags(),
     )
 
 
-setup(ext_modules=[cpu_extension()], cmdclass={"build_ext": BuildExtension})
+def main() -> None:
+    """Decide and build."""
+    cuda, reason = decide_cuda(gather_facts())
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
+    setup(ext_modules=[extension(cuda, reason)], cmdclass={"build_ext": BuildExtension})
+
+
+if __name__ == "__main__":
+    main()

@@ -125,6 +125,22 @@ def test_json_has_the_facts_of_the_build(report):
     assert report["build"] == fastrnn._C.build_info()
 
 
+def test_text_has_why_the_cuda_part_was_built_or_not(monkeypatch):
+    reason = "torch 2.13.0+cpu has no CUDA"
+    facts = {"cuda": False, "cuda_reason": reason}
+    monkeypatch.setattr(fastrnn._C, "build_info", lambda: facts)
+    assert f"cuda: no, cuda reason: {reason}\n" in info.as_text(info.collect())
+
+
+def test_the_extension_has_the_cuda_part_only_for_a_torch_with_cuda():
+    facts = fastrnn._C.build_info()
+    assert isinstance(facts["cuda"], bool)
+    assert torch.version.cuda is not None or not facts["cuda"]
+    # setup.py's sentence, which names the torch that it saw, unless FASTRNN_CUDA=0 decided.
+    reason = facts.get("cuda_reason", "FASTRNN_CUDA=0")
+    assert f"torch {torch.__version__} has " in reason or "FASTRNN_CUDA=0" in reason
+
+
 def test_json_has_the_cpu_capability_in_use(report):
     assert report["cpu_capability"]["fastrnn"] == "default"  # ATEN_CPU_CAPABILITY
     assert not report["cpu_capability"]["torch"].startswith("AVX")

@@ -76,7 +76,7 @@ class DirectionBackward {
   /// The recurrence's arguments for a chunk whose tensors are of type T.
   BackwardArgs<T> recurrence_args(const Chunk& c) const {
     BackwardArgs<T> a;
-    a.steps = layout_.steps(c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
+    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
     a.H = H_;
     a.activation = activation_;
     a.w_hh_panels = w_hh_panels_.data();
@@ -220,7 +220,7 @@ class DirectionBackward {
     const Tensor x =
         wanted_[0] ? readable(narrow_steps(layout_, input_, c.range), kType) : Tensor();
     WeightGradientArgs<T> a;
-    a.steps = layout_.steps(c.range.begin, c.range.end, /*descending=*/reverse(), 0);
+    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/reverse(), 0);
     const int64_t before = reverse() ? c.range.end : c.range.begin - 1;
     if (before >= 0 && before < layout_.T) a.steps.carry_rows = layout_.rows(before);
     a.I = cell_.w_ih.size(1);

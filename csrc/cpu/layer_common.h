@@ -11,8 +11,10 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "layer.h"
+#include "layer_cpu.h"
+#include "plan.h"
 #include "products.h"
+#include "recurrence.h"
 
 namespace fastrnn::cpu {
 
@@ -45,6 +47,20 @@ struct Range {
   int64_t begin, end;
 };
 
+/// The recurrence's view of steps [begin, end).
+inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool descending,
+                      int64_t carry_rows) {
+  Steps s;
+  s.begin = begin;
+  s.end = end;
+  s.descending = descending;
+  s.batch = layout.B;
+  s.batch_sizes = layout.packed() ? layout.batch_sizes.data() : nullptr;
+  s.first_row = layout.packed() ? layout.first_row.data() : nullptr;
+  s.carry_rows = carry_rows;
+  return s;
+}
+
 /// Part number i of `whole`, of `size` steps or what is left, counted in the order of the walk.
 inline Range part_of(Range whole, int64_t size, int64_t i, bool descending) {
   if (descending) return {std::max(whole.begin, whole.end - (i + 1) * size), whole.end - i * size};
@@ -64,17 +80,6 @@ inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, i
   };
   return t.narrow(0, position(range.begin) - position(origin),
                   position(range.end) - position(range.begin));
-}
-
-/// The columns of direction d in a tensor whose last dimension is D * H, as a view.
-inline Tensor narrow_direction(const Tensor& t, int64_t d, int64_t H) {
-  return t.size(-1) == H ? t : t.narrow(-1, d * H, H);
-}
-
-/// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is
-/// not adjacent (batch_first input).
-inline Tensor as_rows(const Tensor& t) {
-  return t.dim() == 2 ? t : t.reshape({t.size(0) * t.size(1), t.size(2)});
 }
 
 /// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points
@@ -102,22 +107,6 @@ template <typename T>
 Matrix<const T> matrix_of(const Tensor& t) {
   if (!t.defined()) return {};
   return {t.const_data_ptr<T>(), t.stride(0)};
-}
-
-/// `t` with adjacent columns, in `type`; itself where it is so already.
-inline Tensor readable(const Tensor& t, at::ScalarType type) {
-  if (!t.defined()) return t;
-  const Tensor converted = t.scalar_type() == type ? t : t.to(type);
-  return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
-}
-
-/// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
-inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
-  constexpr size_t kSmall = 1 << 14;  // bytes; above, at::copy_ uses all threads
-  if (source.nbytes() <= kSmall)
-    std::memcpy(destination.mutable_data_ptr(), source.const_data_ptr(), source.nbytes());
-  else
-    destination.copy_(source);
 }
 
 /// A packed weight.

@@ -7,35 +7,6 @@
 
 namespace fastrnn::cpu {
 
-Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {
-  if (!batch_sizes_tensor.has_value()) {
-    T = input.size(0);
-    B = input.size(1);
-    total_rows = T * B;
-    return;
-  }
-  const Tensor sizes = batch_sizes_tensor->contiguous();
-  const int64_t* data = sizes.const_data_ptr<int64_t>();
-  T = sizes.numel();
-  batch_sizes.assign(data, data + T);
-  first_row.assign(T + 1, 0);
-  for (int64_t t = 0; t < T; ++t) first_row[t + 1] = first_row[t] + batch_sizes[t];
-  B = batch_sizes[0];
-  total_rows = first_row[T];
-}
-
-Steps Layout::steps(int64_t begin, int64_t end, bool descending, int64_t carry_rows) const {
-  Steps s;
-  s.begin = begin;
-  s.end = end;
-  s.descending = descending;
-  s.batch = B;
-  s.batch_sizes = packed() ? batch_sizes.data() : nullptr;
-  s.first_row = packed() ? first_row.data() : nullptr;
-  s.carry_rows = carry_rows;
-  return s;
-}
-
 namespace {
 
 /// One direction's weights, ready for a recurrence in T.
@@ -106,7 +77,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   std::vector<ForwardArgs<T>> args;
   for (int64_t d = 0; d < D; ++d) {
     ForwardArgs<T> a = cells[d].args();
-    a.steps = layout.steps(0, layout.T, /*descending=*/d == 1, 0);
+    a.steps = steps_of(layout, 0, layout.T, /*descending=*/d == 1, 0);
     a.activation = layer.activation;
     if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
     a.y = sequence_of<T>(layout, output, 0, d * H);
@@ -130,7 +101,7 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
     if (h.defined()) multiply(h, w, y_t[0], /*accumulate=*/true);
     const Tensor sums = readable(y_t, c10::CppTypeToScalarType<T>::value);  // y_t itself if of T
     ForwardArgs<T> a = cell.args();
-    a.steps = layout.steps(t, t + 1, false, 0);
+    a.steps = steps_of(layout, t, t + 1, false, 0);
     a.activation = layer.activation;
     a.y = sequence_of<T>(layout, sums, t, 0);
     run_parts(layout, plan, std::vector{a}, kernels<T>().forward);
@@ -161,7 +132,7 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
     } else {
       y = readable(target, at::kFloat);
     }
-    a.steps = layout.steps(range.begin, range.end, reverse, carry_rows);
+    a.steps = steps_of(layout, range.begin, range.end, reverse, carry_rows);
     a.activation = layer.activation;
     a.y = sequence_of<float>(layout, y, range.begin, 0);
     a.carry = matrix_of<float>(carry);

@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace fastrnn::cpu {
+#include "../activation.h"
 
-enum class Activation { kTanh, kRelu };
+namespace fastrnn::cpu {
 
 /// The rows of one step, read or written in place: element (row, column) is
 /// data[row * row_stride + column]. A null `data` means the matrix is absent.

@@ -71,11 +71,11 @@ def compile_source(source, flags):
 
 
 @functools.cache
-def build(*sources, flags=()):
+def build(*sources, flags=(), link=()):
     """The Library of the sources (absolute paths), compiled unless this was done before."""
     emulator = sorted(HERE.glob("*.cpp"))
     objects = [compile_source(source, flags) for source in [*emulator, *map(Path, sources)]]
-    return Library(make(".so", ["-shared", *objects], objects))
+    return Library(make(".so", ["-shared", *objects, *link], objects))
 
 
 class Library:

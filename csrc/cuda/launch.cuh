@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a kernel is launched, by CUDA or by the emulator of tests/cuda_host.
+#pragma once
+
+#include <cstddef>
+
+#include "primitives.cuh"
+#include "recurrence.h"
+
+namespace fastrnn::cuda {
+
+struct LaunchShape {
+  unsigned blocks_x = 1, blocks_y = 1, threads = 1;
+  size_t shared_bytes = 0;
+};
+
+/// Null, or what went wrong.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+                   const Arguments&... arguments) {
+#ifdef __CUDACC__
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  if (shape.shared_bytes > kAlwaysAllowed) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<dim3(shape.blocks_x, shape.blocks_y), shape.threads, shape.shared_bytes,
+           static_cast<cudaStream_t>(stream)>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  cuda_host::launch({dim3(shape.blocks_x, shape.blocks_y), dim3(shape.threads), shape.shared_bytes},
+                    [&] { kernel(arguments...); });
+  return nullptr;
+#endif
+}
+
+/// Calls f(tag) with a value of the C++ type that `type` names.
+template <typename F>
+auto with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::kDouble:
+      return f(double{});
+    case Type::kHalf:
+      return f(Half{});
+    case Type::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace fastrnn::cuda

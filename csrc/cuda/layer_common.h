@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What layer_forward.cpp and layer_backward.cpp share: the layer's steps in chunks, tensors as the
+// kernels see them, and the recurrence over a chunk by either tier.
+#pragma once
+
+#include <ATen/Context.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "layer_cuda.h"
+
+namespace fastrnn::cuda {
+
+inline void check_launch(const char* error) {
+  TORCH_CHECK(error == nullptr, "fastrnn: CUDA error: ", error);
+}
+
+inline Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return Type::kDouble;
+    case at::kHalf:
+      return Type::kHalf;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kFloat;
+  }
+}
+
+/// The type of sums: addends in forward, products, gradients of weights until they are complete.
+inline at::ScalarType sum_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+inline const void* read_of(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+/// In its scope, products of float tensors do not use TF32 where nn.RNN may not. Where nn.RNN may
+/// (torch.backends.cudnn), it is the setting of matrix products that decides: that cannot be
+/// changed for this thread alone.
+class Precision {
+ public:
+  Precision() {
+    if (!at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)) no_tf32_.emplace();
+  }
+
+ private:
+  std::optional<at::NoTF32Guard> no_tf32_;
+};
+
+/// Steps [begin, end) of a call.
+struct Range {
+  int64_t begin, end;
+};
+
+/// Chunk number i, in the order of the walk.
+inline Range chunk_of(const Layout& layout, int64_t steps, int64_t i, bool descending) {
+  if (descending) return {std::max<int64_t>(0, layout.T - (i + 1) * steps), layout.T - i * steps};
+  return {i * steps, std::min(layout.T, (i + 1) * steps)};
+}
+
+/// The steps `range` of a padded [T, B, N] or packed [N, ..] tensor that begins at step `origin`.
+inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
+  const auto place = [&](int64_t step) { return layout.packed() ? layout.first_row[step] : step; };
+  return t.narrow(0, place(range.begin) - place(origin), place(range.end) - place(range.begin));
+}
+
+/// The rows of step t in such a tensor, as a matrix.
+inline Tensor step_of(const Layout& layout, const Tensor& t, int64_t step, int64_t origin) {
+  const Tensor rows = narrow_steps(layout, t, {step, step + 1}, origin);
+  return layout.packed() ? rows : rows[0];
+}
+
+/// `t` holds `steps` from `origin` on; the kernels address it by the steps of the whole sequence.
+inline Sequence sequence_of(const Layout& layout, const Tensor& t, int64_t origin) {
+  if (!t.defined()) return {};
+  Sequence s;
+  s.step_stride = layout.packed() ? 0 : t.stride(0);
+  s.row_stride = layout.packed() ? t.stride(0) : t.stride(1);
+  const int64_t before =
+      layout.packed() ? layout.first_row[origin] * s.row_stride : origin * s.step_stride;
+  s.data = static_cast<char*>(t.mutable_data_ptr()) - before * static_cast<int64_t>(t.itemsize());
+  return s;
+}
+
+/// Sums of batch sizes on the GPU: [T + 1], or undefined for padded data.
+Tensor upload_first_row(const Layout& layout, const Tensor& like);
+
+/// What the recurrence of one direction reads and writes over one chunk: RecurrenceDirection and
+/// its tensors. addend, y, out hold the chunk's steps [.., H].
+struct DirectionTensors {
+  Cell cell;
+  Tensor addend, y, out;
+  Tensor state, grad_h_n, final_state;  // [B, H]
+  bool descending;
+};
+
+/// Runs the recurrence over a chunk by the plan's tier, directions side by side where it can.
+void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_row,
+                    Activation activation, bool backward, const std::vector<Range>& ranges,
+                    const std::vector<DirectionTensors>& directions);
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One layer on a GPU, all its directions; the contract is that of Engine. Everything is enqueued on
+// the current stream and nothing waits for it. Includes no CUDA header: what depends on CUDA's
+// libraries is in rnn_cuda.cpp, so that tests run the rest on the emulator of tests/cuda_host.
+#pragma once
+
+#include "../layer.h"
+#include "plan.h"
+#include "recurrence.h"
+
+namespace fastrnn::cuda {
+
+void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
+                   const Tensor& h_n);
+
+std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
+                                 const Tensor& grad_output, const Tensor& grad_h_n,
+                                 const WantedGradients& wanted);
+
+/// Of the current device.
+Stream current_stream();
+Gpu current_gpu();
+
+/// a b, with sums in float; the result is float, or double for double.
+Tensor float_product(const Tensor& a, const Tensor& b);
+
+}  // namespace fastrnn::cuda

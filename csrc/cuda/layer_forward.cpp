@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "layer_common.h"
+
+namespace fastrnn::cuda {
+
+namespace {
+
+/// x W_ih^T over a chunk of direction d: in 16 bits a tensor of its own, in float; else written
+/// where the outputs will be.
+Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out) {
+  if (out.scalar_type() != sum_type(out)) {
+    Tensor product = float_product(as_rows(x), w_ih.t());
+    return out.dim() == 2 ? product : product.view({out.size(0), out.size(1), -1});
+  }
+  Tensor rows = as_rows(out);
+  at::mm_out(rows, as_rows(x), w_ih.t());
+  return out;
+}
+
+/// As the kernels read it.
+Cell contiguous(const Cell& cell) {
+  const auto whole = [](const Tensor& t) { return t.defined() ? t.contiguous() : t; };
+  return {cell.w_ih, cell.w_hh.contiguous(), whole(cell.b_ih), whole(cell.b_hh)};
+}
+
+}  // namespace
+
+void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
+                   const Tensor& h_n) {
+  const Precision precision;
+  const int64_t D = layer.directions(), H = layer.hidden_size();
+  if (layout.B == 0 || H == 0) return;
+  const Plan plan = plan_layer({layout.T, layout.B, H, D, type_of(output)}, current_gpu());
+  const Tensor first_row = plan.tier == Tier::kBlock ? upload_first_row(layout, output) : Tensor();
+  const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();
+  std::vector<Cell> cells;
+  for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
+
+  for (int64_t i = 0; i * plan.chunk_steps < layout.T; ++i) {
+    std::vector<Range> ranges;
+    std::vector<DirectionTensors> directions;
+    for (int64_t d = 0; d < D; ++d) {
+      const bool descending = d == 1;
+      const Range range = ranges.emplace_back(chunk_of(layout, plan.chunk_steps, i, descending));
+      DirectionTensors& tensors = directions.emplace_back();
+      tensors.cell = cells[d];
+      tensors.out = narrow_direction(narrow_steps(layout, output, range), d, H);
+      tensors.addend =
+          input_product(narrow_steps(layout, layer.input, range), cells[d].w_ih, tensors.out);
+      tensors.final_state = h_n[d];
+      // The state passes from chunk to chunk in h_n.
+      tensors.state = i > 0 ? tensors.final_state : hx.defined() ? hx[d] : Tensor();
+      tensors.descending = descending;
+    }
+    run_recurrence(layout, plan, first_row, layer.activation, /*backward=*/false, ranges,
+                   directions);
+  }
+}
+
+}  // namespace fastrnn::cuda

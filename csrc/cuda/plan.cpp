@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// No constant here has been measured on a GPU yet: each is an estimate, whose reason docs/cuda.md
+// gives. What the estimates do not cover goes to tier 0.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace fastrnn::cuda {
+
+namespace {
+
+// Blocks that wait for a multiprocessor start the walk when others have ended it: so many walks,
+// one after the other, still take less than tier 0, whose steps are bound by three launches each.
+constexpr int64_t kMaxWaves = 8;
+// Below this the product of a step that tier 1 saves does not exist.
+constexpr int64_t kMinSteps = 2;
+// Addends or deltas in memory at a time; large products are at full speed well below that.
+constexpr int64_t kChunkBytes = 64 << 20;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_size(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+
+/// FASTRNN_CUDA_TIER=0 takes tier 0 everywhere, 1 takes tier 1 wherever it can run.
+const char* wanted_tier() { return std::getenv("FASTRNN_CUDA_TIER"); }
+
+bool is_tier(const char* wanted, const char* tier) {
+  return wanted != nullptr && std::strcmp(wanted, tier) == 0;
+}
+
+}  // namespace
+
+Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
+  Plan plan{};
+  const bool sixteen_bits = element_size(s.type) == 2;
+  const int64_t most = sixteen_bits ? kMaxMmaHidden : s.type == Type::kFloat ? kMaxFfmaHidden : 0;
+  const auto waves = [&](int64_t rows) {
+    return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors);
+  };
+  // As few rows in a block as give all blocks a multiprocessor.
+  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : 4;
+  const bool can = gpu.major >= 8 && s.H >= 1 && s.H <= most && s.T <= kMaxSteps;
+  const bool pays = s.T >= kMinSteps && waves(sixteen_bits ? 8 : plan.block_rows) <= kMaxWaves;
+  const char* wanted = wanted_tier();
+  const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
+  plan.tier = block ? Tier::kBlock : Tier::kSteps;
+  const int64_t step_bytes =
+      std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
+  plan.chunk_steps = std::clamp<int64_t>(kChunkBytes / step_bytes, 1, s.T);
+  return plan;
+}
+
+}  // namespace fastrnn::cuda

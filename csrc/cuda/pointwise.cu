@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What surrounds the products of tier 0, one thread for each number: any type, any size.
+#include <type_traits>
+
+#include "activation.cuh"
+#include "launch.cuh"
+
+namespace fastrnn::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 4096;  // then each thread does several numbers
+
+unsigned blocks_for(int64_t numbers) {
+  const int64_t blocks = (numbers + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
+/// The type that T is computed in.
+template <typename T>
+using Sum = decltype(to_float(T{}));
+
+template <typename T, bool kBackward>
+__global__ void step_kernel(const __grid_constant__ StepArgs a) {
+  using Addend = std::conditional_t<kBackward, T, Sum<T>>;
+  const auto at = [](const void* data, int64_t index) {
+    return to_float(static_cast<const T*>(data)[index]);
+  };
+  const int64_t count = a.rows * a.H, stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += stride) {
+    const int64_t row = i / a.H, unit = i % a.H;
+    Sum<T> sum = 0;
+    if (row < a.product_rows)
+      sum = static_cast<const Sum<T>*>(a.product)[i];
+    else if (kBackward && a.grad_h_n != nullptr)
+      sum = at(a.grad_h_n, i);
+    if (a.addend != nullptr)
+      sum += to_float(static_cast<const Addend*>(a.addend)[row * a.addend_stride + unit]);
+    if (a.b_ih != nullptr) sum += at(a.b_ih, unit) + at(a.b_hh, unit);
+    const Sum<T> y = kBackward ? at(a.y, row * a.y_stride + unit) : Sum<T>(0);
+    static_cast<T*>(a.out)[row * a.out_stride + unit] =
+        from_float<T>(activate<T, kBackward>(a.activation, sum, y));
+  }
+}
+
+template <typename T>
+__global__ void previous_kernel(const __grid_constant__ PreviousArgs a) {
+  const T* const y = static_cast<const T*>(a.y);
+  const T* const hx = static_cast<const T*>(a.hx);
+  T* const out = static_cast<T*>(a.out);
+  for (int64_t t = a.begin + blockIdx.x; t < a.end; t += gridDim.x) {
+    const int64_t from = a.descending ? t + 1 : t - 1;
+    const int64_t first = a.first_row[t], rows = a.first_row[t + 1] - first;
+    const int64_t before = from < 0 || from >= a.T ? 0 : a.first_row[from + 1] - a.first_row[from];
+    for (int64_t i = threadIdx.x; i < rows * a.H; i += kThreads) {
+      const int64_t row = i / a.H, unit = i % a.H;
+      T value{};
+      if (row < before)
+        value = y[(a.first_row[from] + row) * a.y_stride + unit];
+      else if (hx != nullptr)
+        value = hx[i];
+      out[(first - a.first_row[a.begin]) * a.H + i] = value;
+    }
+  }
+}
+
+/// As many numbers as fit into the arguments of a kernel everywhere, 4 KB.
+struct Numbers {
+  static constexpr int kMost = 500;
+  int count;
+  int64_t number[kMost];
+};
+
+__global__ void upload_kernel(const __grid_constant__ Numbers numbers, int64_t* device) {
+  for (int i = threadIdx.x; i < numbers.count; i += kThreads) device[i] = numbers.number[i];
+}
+
+}  // namespace
+
+const char* step_epilogue(const StepArgs& args, Stream stream) {
+  LaunchShape shape;
+  shape.blocks_x = blocks_for(args.rows * args.H);
+  shape.threads = kThreads;
+  return with_type(args.type, [&](auto zero) {
+    using T = decltype(zero);
+    return args.backward ? launch(step_kernel<T, true>, shape, stream, args)
+                         : launch(step_kernel<T, false>, shape, stream, args);
+  });
+}
+
+const char* gather_previous(const PreviousArgs& args, Stream stream) {
+  LaunchShape shape;
+  shape.blocks_x = blocks_for((args.end - args.begin) * kThreads);  // one for each step
+  shape.threads = kThreads;
+  return with_type(args.type, [&](auto zero) {
+    return launch(previous_kernel<decltype(zero)>, shape, stream, args);
+  });
+}
+
+const char* upload(const int64_t* numbers, int64_t count, int64_t* device, Stream stream) {
+  LaunchShape shape;
+  shape.threads = kThreads;
+  for (int64_t done = 0; done < count; done += Numbers::kMost) {
+    Numbers part{};
+    part.count = static_cast<int>(count - done < Numbers::kMost ? count - done : Numbers::kMost);
+    for (int i = 0; i < part.count; ++i) part.number[i] = numbers[done + i];
+    if (const char* error = launch(upload_kernel, shape, stream, part, device + done)) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace fastrnn::cuda

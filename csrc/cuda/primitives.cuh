@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every PTX instruction of the project and everything else that a host compiler lacks, each behind
+// a function with a twin for the emulator of tests/cuda_host. Kernels are C++ over these functions.
+// Includes no torch header.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTRNN_UNROLL _Pragma("unroll")
+#else
+#include <cmath>
+#include <cstring>
+
+#include "cuda_host.h"
+#include "numbers.h"
+#define FASTRNN_UNROLL
+#define __grid_constant__
+#endif
+
+namespace fastrnn::cuda {
+
+/// 16-bit floats as they lie in memory.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ double to_float(double value) { return value; }
+
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+#ifdef __CUDACC__
+  return __uint_as_float(bits);
+#else
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+#endif
+}
+
+__device__ __forceinline__ float to_float(Half value) {
+#ifdef __CUDACC__
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
+  return cuda_host::half_to_float(value.bits);
+#endif
+}
+
+/// To the nearest, ties to even.
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+
+template <typename T>
+__device__ __forceinline__ T from_float(double value) {
+  return value;
+}
+
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
+#ifdef __CUDACC__
+  BFloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
+  return {cuda_host::float_to_bfloat16(value)};
+#endif
+}
+
+template <>
+__device__ __forceinline__ Half from_float<Half>(float value) {
+#ifdef __CUDACC__
+  Half result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#else
+  return {cuda_host::float_to_half(value)};
+#endif
+}
+
+/// tanh, as exact as results of type T need: to a few units of rounding, and in bfloat16 to less
+/// than one, since its own rounding is four times as coarse as tanh.approx.
+template <typename T>
+__device__ __forceinline__ float tanh_for(float x) {
+#ifdef __CUDACC__
+  return tanhf(x);
+#else
+  return std::tanh(x);
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ double tanh_for(double x) {
+#ifdef __CUDACC__
+  return tanh(x);
+#else
+  return std::tanh(x);
+#endif
+}
+
+template <>
+__device__ __forceinline__ float tanh_for<BFloat16>(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::tanh(x);
+#endif
+}
+
+/// The block's dynamic shared memory.
+__device__ __forceinline__ void* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 fastrnn_shared_memory[];
+  return fastrnn_shared_memory;
+#else
+  return cuda_host::shared_memory();
+#endif
+}
+
+#ifndef __CUDACC__
+/// What mma.sync.m16n8k16 computes, from the operands of all lanes.
+template <typename T>
+inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine, all[32];
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  cuda_host::warp_gather(mine, all, cuda_host::kAllLanes, "mma");
+  const auto half_of = [](uint32_t pair, int k) {
+    return to_float(T{static_cast<uint16_t>(k % 2 ? pair >> 16 : pair)});
+  };
+  const int lane = cuda_host::place->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += half_of(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k) *
+             half_of(all[column * 4 + k % 8 / 2].b[k / 8], k);
+    d[i] += sum;
+  }
+}
+#endif
+
+/// d += a b for a [16, 16] and b [16, 8] that the warp's lanes hold, sums in float. With
+/// g = lane / 4 and q = lane % 4, a lane holds
+///   a: (g, 2q..2q+1), (g+8, same), (g, 2q+8..2q+9), (g+8, same)
+///   b: (2q..2q+1, g), (2q+8..2q+9, g)
+///   d: (g, 2q), (g, 2q+1), (g+8, 2q), (g+8, 2q+1)
+__device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  mma_on_host<Half>(d, a, b);
+#endif
+}
+
+__device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  mma_on_host<BFloat16>(d, a, b);
+#endif
+}
+
+}  // namespace fastrnn::cuda

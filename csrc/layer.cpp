@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Allocates, and walks through the layers of a call; an engine does each of them.
+#include "layer.h"
+
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+
+namespace fastrnn {
+
+Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {
+  if (!batch_sizes_tensor.has_value()) {
+    T = input.size(0);
+    B = input.size(1);
+    total_rows = T * B;
+    return;
+  }
+  const Tensor sizes = batch_sizes_tensor->contiguous();
+  const int64_t* data = sizes.const_data_ptr<int64_t>();
+  T = sizes.numel();
+  batch_sizes.assign(data, data + T);
+  first_row.assign(T + 1, 0);
+  for (int64_t t = 0; t < T; ++t) first_row[t + 1] = first_row[t] + batch_sizes[t];
+  B = batch_sizes[0];
+  total_rows = first_row[T];
+}
+
+namespace {
+
+Activation activation_of(std::string_view nonlinearity) {
+  return nonlinearity == "relu" ? Activation::kRelu : Activation::kTanh;
+}
+
+void check_dtype(const Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_fused_dtype(input.scalar_type()), "fastrnn's operators are not implemented for ",
+      c10::toString(input.scalar_type()),
+      ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
+}
+
+/// Rows [layer * D, (layer + 1) * D) of an [L*D, B, H] tensor, if there is one.
+Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, int64_t layer) {
+  if (!states.has_value() || !states->defined()) return Tensor();
+  if (options.num_layers == 1) return *states;
+  return states->narrow(0, layer * options.directions(), options.directions());
+}
+
+/// Layer number `layer` of a call, reading `input`.
+Layer layer_of(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+               const RnnOptions& options, int64_t layer) {
+  Layer result{input, rows_of_layer(hx, options, layer), {}, activation_of(options.nonlinearity)};
+  for (int64_t d = 0; d < options.directions(); ++d)
+    result.cells.push_back(cell_of(weights, options, layer, d));
+  return result;
+}
+
+/// The lowest layer that backward has to reach; num_layers if nothing is wanted.
+int64_t lowest_layer(const c10::List<bool>& needs, int64_t weights_per_layer) {
+  if (needs.get(0) || needs.get(1)) return 0;  // input, or the initial state of every layer
+  size_t weight = 2;
+  while (weight < needs.size() && !needs.get(weight)) ++weight;
+  return static_cast<int64_t>(weight - 2) / weights_per_layer;
+}
+
+}  // namespace
+
+ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
+                             at::TensorList weights, const OptionalTensor& batch_sizes,
+                             const RnnOptions& options, bool keep) {
+  check_forward(input, hx, weights, batch_sizes, options);
+  check_dtype(input);
+  const Layout layout(input, batch_sizes);
+  const int64_t D = options.directions(), H = weights[1].size(0);
+  auto output_sizes = input.sizes().vec();
+  output_sizes.back() = D * H;
+  const Tensor h_n = at::empty({options.num_layers * D, layout.B, H}, input.options());
+  std::vector<Tensor> layer_outputs;
+  Tensor x = input;
+  for (int64_t layer = 0; layer < options.num_layers; ++layer) {
+    const Tensor y = at::empty(output_sizes, input.options());
+    engine.layer_forward(layout, layer_of(x, hx, weights, options, layer), y,
+                         rows_of_layer(h_n, options, layer));
+    if (keep) layer_outputs.push_back(y);
+    x = y;
+  }
+  if (!keep) return {x, h_n, std::move(layer_outputs)};
+  // The caller may write to the output before backward, which reads it: it gets its own copy.
+  const Tensor output = at::empty(output_sizes, input.options());
+  copy_contiguous(x, output);
+  return {output, h_n, std::move(layer_outputs)};
+}
+
+BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_output,
+                               const OptionalTensor& grad_h_n, const Tensor& input,
+                               const OptionalTensor& hx, at::TensorList weights,
+                               const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                               const RnnOptions& options, const c10::List<bool>& needs) {
+  check_backward(grad_output, grad_h_n, input, hx, weights, batch_sizes, layer_outputs, options,
+                 needs.size());
+  check_dtype(input);
+  const Layout layout(input, batch_sizes);
+  const int64_t D = options.directions(), H = weights[1].size(0);
+  Tensor grad_input, grad_hx;
+  if (needs.get(0)) grad_input = at::empty(input.sizes(), input.options());
+  if (needs.get(1)) grad_hx = at::empty({options.num_layers * D, layout.B, H}, input.options());
+  std::vector<Tensor> grad_weights(weights.size());
+
+  const int64_t weights_per_layer = D * options.weights_per_cell();
+  const int64_t lowest = lowest_layer(needs, weights_per_layer);
+  Tensor grad_y = grad_output.value_or(Tensor());
+  for (int64_t layer = options.num_layers - 1; layer >= lowest; --layer) {
+    const int64_t first = layer * weights_per_layer;
+    const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
+    WantedGradients wanted;
+    wanted.input = layer > lowest ? at::empty(x.sizes(), x.options()) : grad_input;
+    wanted.hx = rows_of_layer(grad_hx, options, layer);
+    for (int64_t d = 0; d < D; ++d) {
+      std::array<bool, 4>& cell = wanted.cells.emplace_back();
+      for (int64_t i = 0; i < options.weights_per_cell(); ++i)
+        cell[i] = needs.get(2 + first + d * options.weights_per_cell() + i);
+    }
+    const std::vector<Cell> cells = engine.layer_backward(
+        layout, layer_of(x, hx, weights, options, layer), layer_outputs[layer], grad_y,
+        rows_of_layer(grad_h_n, options, layer), wanted);
+    for (int64_t d = 0; d < D; ++d) {
+      const std::array<Tensor, 4> tensors{cells[d].w_ih, cells[d].w_hh, cells[d].b_ih,
+                                          cells[d].b_hh};
+      for (int64_t i = 0; i < options.weights_per_cell(); ++i)
+        grad_weights[first + d * options.weights_per_cell() + i] = tensors[i];
+    }
+    grad_y = wanted.input;
+  }
+  for (Tensor& gradient : grad_weights)
+    if (!gradient.defined()) gradient = at::empty({0}, input.options());
+  return {grad_input, grad_hx, std::move(grad_weights)};
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a device's engine does: one layer, all its directions, forward and backward. layer.cpp walks
+// through the layers of a call.
+#pragma once
+
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "activation.h"
+#include "rnn.h"
+
+namespace fastrnn {
+
+/// The steps of a call, shared by its layers. Padded: batch_sizes and first_row are empty.
+struct Layout {
+  int64_t T = 0, B = 0, total_rows = 0;
+  std::vector<int64_t> batch_sizes, first_row;  // first_row has T + 1 elements
+
+  Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
+  bool packed() const { return !batch_sizes.empty(); }
+  int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
+  /// Rows of all steps before step t.
+  int64_t offset(int64_t t) const { return packed() ? first_row[t] : t * B; }
+};
+
+/// What forward and backward read of one layer.
+struct Layer {
+  Tensor input;             // [T, B, I] of any strides, or packed [N, I]
+  Tensor hx;                // [D, B, H] or undefined
+  std::vector<Cell> cells;  // one per direction
+  Activation activation;
+
+  int64_t hidden_size() const { return cells[0].w_hh.size(0); }
+  int64_t directions() const { return static_cast<int64_t>(cells.size()); }
+};
+
+/// Which gradients of a layer are wanted. Where a tensor is defined it is overwritten.
+struct WantedGradients {
+  Tensor input;                            // as the input, contiguous; or undefined
+  Tensor hx;                               // [D, B, H]; or undefined
+  std::vector<std::array<bool, 4>> cells;  // w_ih, w_hh, b_ih, b_hh of each direction
+};
+
+struct Engine {
+  /// Writes output [T, B, D*H] or [N, D*H] and h_n [D, B, H], both contiguous.
+  void (*layer_forward)(const Layout& layout, const Layer& layer, const Tensor& output,
+                        const Tensor& h_n);
+  /// output as forward wrote it; grad_output like it, of any strides, or undefined; grad_h_n
+  /// [D, B, H] or undefined. Returns the cells' gradients, undefined where not wanted.
+  std::vector<Cell> (*layer_backward)(const Layout& layout, const Layer& layer,
+                                      const Tensor& output, const Tensor& grad_output,
+                                      const Tensor& grad_h_n, const WantedGradients& wanted);
+};
+
+/// rnn_forward and rnn_backward by an engine, arguments not yet checked.
+ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
+                             at::TensorList weights, const OptionalTensor& batch_sizes,
+                             const RnnOptions& options, bool keep);
+BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_output,
+                               const OptionalTensor& grad_h_n, const Tensor& input,
+                               const OptionalTensor& hx, at::TensorList weights,
+                               const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                               const RnnOptions& options, const c10::List<bool>& needs);
+
+/// The columns of direction d in a tensor whose last dimension is D * H, as a view.
+inline Tensor narrow_direction(const Tensor& t, int64_t d, int64_t H) {
+  return t.size(-1) == H ? t : t.narrow(-1, d * H, H);
+}
+
+/// The rows of a time-major or packed tensor as one matrix [total_rows, N]; copies only what is
+/// not adjacent (batch_first input).
+inline Tensor as_rows(const Tensor& t) {
+  return t.dim() == 2 ? t : t.reshape({t.size(0) * t.size(1), t.size(2)});
+}
+
+/// `t` with adjacent columns, in `type`; itself where it is so already.
+inline Tensor readable(const Tensor& t, at::ScalarType type) {
+  if (!t.defined()) return t;
+  const Tensor converted = t.scalar_type() == type ? t : t.to(type);
+  return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
+}
+
+/// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
+inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
+  constexpr size_t kSmall = 1 << 14;  // bytes; above, at::copy_ uses all threads
+  if (source.is_cpu() && source.nbytes() <= kSmall)
+    std::memcpy(destination.mutable_data_ptr(), source.const_data_ptr(), source.nbytes());
+  else
+    destination.copy_(source);
+}
+
+}  // namespace fastrnn

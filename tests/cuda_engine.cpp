@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA engine on CPU tensors: its own C++, with the kernels run by the emulator. Every tensor
+// of a call, inputs included, lies between inaccessible pages and is poisoned before it is written.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+#include "cuda/layer_cuda.h"
+#include "cuda_host.h"
+
+namespace fastrnn {
+
+namespace cuda {
+
+Stream current_stream() { return nullptr; }
+
+/// An A100, so that few rows of the batch already make several waves of blocks.
+Gpu current_gpu() { return {8, 0, 4}; }
+
+}  // namespace cuda
+
+namespace {
+
+class GuardedAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t size) override {
+    void* const data = size > 0 ? cuda_host::allocate(size, "tensor") : nullptr;
+    return {data, data, &release, c10::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    std::memcpy(to, from, size);
+  }
+
+ private:
+  static void release(void* data) {
+    if (data != nullptr) cuda_host::release(data);
+  }
+};
+
+/// In its scope all CPU tensors are allocated so.
+class Guarded {
+ public:
+  Guarded() : before_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(&allocator(), 255); }
+  ~Guarded() { c10::SetCPUAllocator(before_, 255); }
+
+  Tensor copy(const Tensor& t) const { return t.defined() ? t.clone() : t; }
+  OptionalTensor copy(const OptionalTensor& t) const {
+    return t.has_value() ? OptionalTensor(copy(*t)) : t;
+  }
+  std::vector<Tensor> copy(at::TensorList list) const {
+    std::vector<Tensor> copies;
+    for (const Tensor& t : list) copies.push_back(copy(t));
+    return copies;
+  }
+
+ private:
+  static GuardedAllocator& allocator() {
+    static GuardedAllocator instance;  // tensors outlive the scope
+    return instance;
+  }
+  c10::Allocator* const before_;
+};
+
+constexpr Engine kEngine{cuda::layer_forward, cuda::layer_backward};
+
+ForwardResult rnn_forward_on_host(const Tensor& input, const OptionalTensor& hx,
+                                  at::TensorList weights, const OptionalTensor& batch_sizes,
+                                  std::string_view nonlinearity, bool bias, int64_t num_layers,
+                                  bool bidirectional, bool keep) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  const Guarded guarded;
+  return forward_layers(kEngine, guarded.copy(input), guarded.copy(hx), guarded.copy(weights),
+                        batch_sizes, options, keep);
+}
+
+BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
+                                    const OptionalTensor& grad_h_n, const Tensor& input,
+                                    const OptionalTensor& hx, at::TensorList weights,
+                                    const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                                    std::string_view nonlinearity, bool bias, int64_t num_layers,
+                                    bool bidirectional, c10::List<bool> needs) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  const Guarded guarded;
+  return backward_layers(kEngine, guarded.copy(grad_output), guarded.copy(grad_h_n),
+                         guarded.copy(input), guarded.copy(hx), guarded.copy(weights), batch_sizes,
+                         guarded.copy(layer_outputs), options, needs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastrnn_cuda_host, m) {
+  m.def(
+      "rnn_forward(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
+      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep) "
+      "-> (Tensor, Tensor, Tensor[])",
+      rnn_forward_on_host);
+  m.def(
+      "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
+      "Tensor[] weights, Tensor? batch_sizes, Tensor[] layer_outputs, str nonlinearity, "
+      "bool bias, int num_layers, bool bidirectional, bool[] needs) "
+      "-> (Tensor, Tensor, Tensor[])",
+      rnn_backward_on_host);
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""setup.py builds the CUDA part where it can, says why, and leaves it out where it cannot.
+
+Facts are made up, so that every machine tests every decision; nothing is compiled here.
+"""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(setup)
+
+ALL = setup.Facts("", "2.11.0+cu130", "13.0", "/opt/cuda", "13.1", True)
+# Each lacks one thing; then what the reason and the remedy say of it.
+LACKING = {
+    "torch": (
+        ALL._replace(torch="2.13.0+cpu", torch_cuda=None),
+        "torch 2.13.0+cpu has no CUDA",
+        "install a torch that is built with CUDA",
+    ),
+    "toolkit": (ALL._replace(home=None), "no CUDA toolkit was found", "install the CUDA toolkit"),
+    "nvcc": (ALL._replace(nvcc=None), "at /opt/cuda has no working nvcc", "or set CUDA_HOME"),
+    "headers": (ALL._replace(headers=False), "no include/cuda_runtime.h at", "or set CUDA_HOME"),
+    "version": (ALL._replace(nvcc="12.8"), "nvcc at /opt/cuda is of CUDA 12.8", "toolkit 13.x"),
+}
+lacking = pytest.mark.parametrize("facts, what, remedy", LACKING.values(), ids=LACKING)
+
+
+def test_with_everything_there_the_cuda_part_is_built_and_the_reason_has_the_versions():
+    assert setup.decide_cuda(ALL) == (True, "torch 2.11.0+cu130 has CUDA 13.0, nvcc is 13.1")
+
+
+@lacking
+def test_with_something_missing_it_is_left_out_and_the_reason_says_what(facts, what, remedy):
+    built, reason = setup.decide_cuda(facts)
+    assert not built
+    assert what in reason
+
+
+@lacking
+def test_asked_for_the_cuda_part_what_is_missing_is_an_error_that_helps(facts, what, remedy):
+    with pytest.raises(SystemExit) as error:
+        setup.decide_cuda(facts._replace(asked="1"))
+    message = str(error.value)
+    assert message.startswith("fastrnn: FASTRNN_CUDA=1")
+    assert what in message
+    assert remedy in message
+    assert "set FASTRNN_CUDA=0" in message
+
+
+def test_asked_for_and_there_it_is_built():
+    assert setup.decide_cuda(ALL._replace(asked="1")) == setup.decide_cuda(ALL)
+
+
+def test_asked_not_to_it_is_left_out_whatever_is_there():
+    for facts in (ALL, *(facts for facts, *_ in LACKING.values())):
+        assert setup.decide_cuda(facts._replace(asked="0")) == (False, "FASTRNN_CUDA=0 left it out")
+
+
+@pytest.mark.parametrize("asked", ["2", "yes", "true", " "])
+def test_another_value_is_an_error(asked):
+    with pytest.raises(SystemExit, match="FASTRNN_CUDA must be 0, 1 or unset"):
+        setup.decide_cuda(ALL._replace(asked=asked))
+
+
+def test_every_combination_of_facts_is_decided_in_one_line():
+    """Built exactly if nothing is missing and nobody said no; else a reason or an error."""
+    for asked, cuda, home, nvcc, headers in itertools.product(
+        ("", "0", "1"), ("13.0", None), ("/opt/cuda", None), ("13.0", "12.8", None), (True, False)
+    ):
+        facts = setup.Facts(asked, "2.11.0", cuda, home, nvcc, headers)
+        there = bool(cuda and home and nvcc == "13.0" and headers)
+        if asked == "1" and not there:
+            with pytest.raises(SystemExit):
+                setup.decide_cuda(facts)
+            continue
+        built, reason = setup.decide_cuda(facts)
+        assert built == (there and asked != "0")
+        assert reason and "\n" not in reason
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A folder with an nvcc of its own version, and the headers."""
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 98.7, V98.7.65'\n")
+    program.chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch, toolkit):
+    monkeypatch.setattr(torch.version, "cuda", "98.1")
+    monkeypatch.setattr(setup, "CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("FASTRNN_CUDA", "1")
+    # No fact is about a GPU: such a question would be a mistake here.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+
+
+needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the made up nvcc is for sh")
+
+
+@needs_sh
+def test_facts_are_those_of_the_environment_torch_and_the_toolkit(cuda_torch, toolkit):
+    expected = setup.Facts("1", torch.__version__, "98.1", str(toolkit), "98.7", True)
+    assert setup.gather_facts() == expected
+    assert setup.decide_cuda(expected)[0]
+
+
+@needs_sh
+def test_missing_headers_are_seen(cuda_torch, toolkit):
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert not setup.gather_facts().headers
+
+
+@needs_sh
+@pytest.mark.parametrize("content", ["#!/bin/sh\nexit 1\n", "#!/nowhere\n", None])
+def test_an_nvcc_that_does_not_run_is_none(cuda_torch, toolkit, content):
+    program = toolkit / "bin" / "nvcc"
+    program.unlink() if content is None else program.write_text(content)
+    assert setup.gather_facts().nvcc is None
+
+
+def test_without_cuda_in_torch_no_toolkit_is_looked_at(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(setup, "nvcc_version", lambda home: pytest.fail("looked"))
+    facts = setup.gather_facts()
+    assert (facts.torch_cuda, facts.nvcc, facts.headers) == (None, None, False)
+
+
+def test_sources_of_the_cuda_part_are_left_out_of_a_build_without_it(tmp_path):
+    files = ["csrc/a.cpp", "csrc/a.h", "csrc/cpu/b.cpp", "csrc/cuda/c.cpp", "csrc/cuda/d.cu"]
+    files.append("csrc/cuda/e.cuh")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    without = ["csrc/a.cpp", "csrc/cpu/b.cpp"]
+    assert setup.sources(tmp_path, cuda=False) == without
+    assert setup.sources(tmp_path, cuda=True) == [*without, "csrc/cuda/c.cpp", "csrc/cuda/d.cu"]
+
+
+def test_no_two_sources_have_the_same_object_file():
+    objects = Counter(Path(name).with_suffix(".o") for name in setup.sources(ROOT, cuda=True))
+    assert [name for name, count in objects.items() if count > 1] == []
+
+
+def test_the_binary_keeps_decision_and_reason():
+    reason = 'torch has CUDA, but "C:\\cuda ü" has no nvcc'
+    define = r'-DFASTRNN_CUDA_REASON="torch has CUDA, but \"C:\\cuda ü\" has no nvcc"'
+    without = setup.cxx_flags(cuda=False, reason=reason, debug=False)
+    assert define in without
+    assert not any("FASTRNN_CUDA=" in flag for flag in without)
+    assert {define, "-DFASTRNN_CUDA=1"} <= {*setup.cxx_flags(cuda=True, reason=reason, debug=False)}
+
+
+def test_a_debug_build_has_assertions_and_lines():
+    assert "-UNDEBUG" in setup.cxx_flags(cuda=True, reason="", debug=True)
+    assert "-lineinfo" in setup.nvcc_flags(debug=True)
+    assert "-DNDEBUG" not in setup.nvcc_flags(debug=True)
+    assert "-DNDEBUG" in setup.nvcc_flags(debug=False)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_kind_of_extension_follows_the_decision(monkeypatch, cuda):
+    made = []
+    for kind in ("CppExtension", "CUDAExtension"):
+        monkeypatch.setattr(setup, kind, lambda *a, kind=kind, **k: made.append((kind, a, k)))
+    setup.extension(cuda, "because")
+    [(kind, (name, sources), options)] = made
+    assert kind == ("CUDAExtension" if cuda else "CppExtension")
+    assert name == "fastrnn._C"
+    assert any(source.startswith("csrc/cpu/") for source in sources)
+    assert cuda or not any(source.startswith("csrc/cuda/") for source in sources)
+    assert ("-DFASTRNN_CUDA=1" in options["extra_compile_args"]["cxx"]) == cuda
+
+
+@pytest.mark.parametrize(
+    "given, used", [(None, setup.ARCHITECTURES), ("", setup.ARCHITECTURES), ("9.0a", "9.0a")]
+)
+def test_architectures_are_those_asked_for_else_ours(monkeypatch, given, used):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given or "")
+    if given is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(setup, "decide_cuda", lambda facts: (False, "because"))
+    monkeypatch.setattr(setup, "setup", lambda **options: None)
+    setup.main()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == used
+
+
+def test_torch_reads_our_architectures_as_meant(monkeypatch):
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setup.ARCHITECTURES)
+    assert {flag.removeprefix("-gencode=") for flag in _get_cuda_arch_flags()} == {
+        "arch=compute_80,code=sm_80",
+        "arch=compute_80,code=compute_80",
+        "arch=compute_90a,code=sm_90a",
+    }
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here")
+def test_as_a_program_it_stops_with_the_message_alone():
+    process = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "FASTRNN_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert f"torch {torch.__version__} has no CUDA" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
