@@ -6,8 +6,8 @@ cases: a run that is stopped has the most telling ones.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -98,18 +98,19 @@ CASES = [
 ]
 
 
-@contextmanager
-def settings_of(case: GpuCase) -> Iterator[None]:
+def settings_of(case: GpuCase) -> AbstractContextManager[None]:
     """Allow TF32 or not, as the case says, by the setting that nn.RNN obeys; then as before.
 
     The setting of torch.matmul, by default without TF32, is no part of a case.
     """
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = PRECISIONS[case.precision][1]
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    return cudnn_with_tf32(PRECISIONS[case.precision][1])
+
+
+def cudnn_with_tf32(allowed: bool) -> AbstractContextManager[None]:
+    """cuDNN's settings as they are, but for TF32."""
+    cudnn = torch.backends.cudnn
+    names = ("enabled", "benchmark", "deterministic")
+    return cudnn.flags(**{name: getattr(cudnn, name) for name in names}, allow_tf32=allowed)
 
 
 class Bench:

@@ -2,6 +2,7 @@
 //
 // fastrnn::rnn: checks, layout, and one autograd node around rnn_forward and rnn_backward. The
 // second derivative is taken through PyTorch's own differentiable loop over the same arguments.
+#include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/rnn_relu.h>
 #include <ATen/ops/rnn_tanh.h>
@@ -102,6 +103,19 @@ variable_list fused_backward(const Saved& saved, const variable_list& grads,
   return result;
 }
 
+/// In its scope PyTorch's RNN on a GPU is its own loop: cuDNN has no second derivative. The setting
+/// is the whole process's: meanwhile other threads do without cuDNN too.
+class WithoutCudnn {
+ public:
+  explicit WithoutCudnn(bool on_gpu) {
+    if (on_gpu) at::globalContext().setUserEnabledCuDNN(false);
+  }
+  ~WithoutCudnn() { at::globalContext().setUserEnabledCuDNN(before_); }
+
+ private:
+  const bool before_ = at::globalContext().userEnabledCuDNN();
+};
+
 /// The derivative by PyTorch's own operators, differentiable where grad mode is on: the forward
 /// again, by PyTorch's loop, then its gradient. Views stand for the participants, so that a weight
 /// which is a function of another (tied, parametrized) gets its own gradient and no more.
@@ -135,6 +149,7 @@ variable_list composite_backward(const Saved& saved, const variable_list& grads,
                                                 int64_t, double, bool, bool, bool);
   using Packed = std::tuple<Tensor, Tensor> (*)(const Tensor&, const Tensor&, const Tensor&,
                                                 at::TensorList, bool, int64_t, double, bool, bool);
+  const WithoutCudnn without_cudnn(input.is_cuda());
   auto [output, h_n] =
       options.nonlinearity == "tanh"
           ? loop(static_cast<Padded>(&at::rnn_tanh), static_cast<Packed>(&at::rnn_tanh))

@@ -21,6 +21,9 @@
 #include "cpu/plan.h"
 #include "cpu/products.h"
 #include "rnn.h"
+#ifdef FASTRNN_CUDA
+#include "cuda/layer_common.h"
+#endif
 
 namespace py = pybind11;
 
@@ -66,19 +69,26 @@ bool is_plain_eager() {
          !torch::jit::tracer::isTracing();
 }
 
-bool is_plain_cpu_tensor(PyObject* object) {
+#ifdef FASTRNN_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+bool is_plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;  // Tensor or Parameter, no subclass of them
   const at::Tensor& t = THPVariable_Unpack(object);
-  return t.is_cpu() && t.layout() == at::kStrided && fastrnn::is_fused_dtype(t.scalar_type());
+  return (t.is_cpu() || (kHasCuda && t.is_cuda())) && t.layout() == at::kStrided &&
+         fastrnn::is_fused_dtype(t.scalar_type());
 }
 
 /// A short way to the answer yes of functional.takes_fused_path, for the calls that are most
 /// frequent; false says nothing.
 bool is_ordinary_call(py::handle input, const py::list& weights, py::handle hx) {
-  if (!is_plain_eager() || !is_plain_cpu_tensor(input.ptr())) return false;
-  if (!hx.is_none() && !is_plain_cpu_tensor(hx.ptr())) return false;
+  if (!is_plain_eager() || !is_plain_tensor(input.ptr())) return false;
+  if (!hx.is_none() && !is_plain_tensor(hx.ptr())) return false;
   for (py::handle weight : weights)
-    if (!is_plain_cpu_tensor(weight.ptr())) return false;
+    if (!is_plain_tensor(weight.ptr())) return false;
   return true;
 }
 
@@ -91,7 +101,8 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = false;
+  info["cuda"] = kHasCuda;
+  info["cuda_reason"] = FASTRNN_CUDA_REASON;
   return info;
 }
 
@@ -122,6 +133,23 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   return result;
 }
 
+#ifdef FASTRNN_CUDA
+py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t directions, int64_t element_size) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && H >= 0 && (directions == 1 || directions == 2),
+                    "cuda_plan: T must be positive, B and H not negative, directions 1 or 2");
+  namespace cuda = fastrnn::cuda;
+  const cuda::Type type = element_size == 8   ? cuda::Type::kDouble
+                          : element_size == 4 ? cuda::Type::kFloat
+                                              : cuda::Type::kHalf;
+  const cuda::Plan plan = cuda::plan_layer({T, B, H, directions, type}, cuda::current_gpu());
+  py::dict result;
+  result["tier"] = static_cast<int>(plan.tier);
+  result["block_rows"] = plan.block_rows;
+  result["chunk_steps"] = plan.chunk_steps;
+  return result;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -130,6 +158,10 @@ PYBIND11_MODULE(_C, m) {
         "torch.ops.fastrnn.rnn for eager calls with positional arguments.");
   m.def("is_ordinary_call", &is_ordinary_call,
         "Whether functional.takes_fused_path says yes without a closer look.");
+  py::list device_types;
+  device_types.append("cpu");
+  if (kHasCuda) device_types.append("cuda");
+  m.attr("device_types") = py::tuple(device_types);
   m.def("build_info", &build_info, "How this extension was built.");
   m.def(
       "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },
@@ -137,4 +169,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4, py::arg("hx") = false,
         "How one layer of this shape runs on the CPU with the current number of threads.");
+#ifdef FASTRNN_CUDA
+  m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
+        py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
+        "How one layer of this shape runs on the current GPU.");
+#endif
 }

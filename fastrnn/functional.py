@@ -16,13 +16,15 @@ from fastrnn import _extension, ops
 from fastrnn._stock import StockRNN
 
 _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_FUSED_DEVICES = frozenset(() if _extension.load_error else _extension.C.device_types)
 
 
 def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bool:
     """Whether the fused operators take this call; if not, PyTorch's own path does.
 
-    They take ordinary strided tensors on the CPU, outside of function transforms (torch.func),
-    forward-mode derivatives, tracing, export and modes that watch every operator.
+    They take ordinary strided tensors on the CPU, and on a GPU if fastrnn was built with CUDA,
+    outside of function transforms (torch.func), forward-mode derivatives, tracing, export and modes
+    that watch every operator.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -46,7 +48,7 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
         return False
     for w in weights:
-        if w is None or not w.is_cpu or w.layout is not torch.strided:
+        if w is None or w.device.type not in _FUSED_DEVICES or w.layout is not torch.strided:
             return False
     if not (input.layout is torch.strided and (hx is None or hx.layout is torch.strided)):
         return False
@@ -127,8 +129,11 @@ def rnn(
             bidirectional=bidirectional,
         )
         return stock(input, hx)  # type: ignore[no-any-return]
-    if batch_sizes is not None and hx is not None and input.sorted_indices is not None:
-        hx = hx.index_select(1, input.sorted_indices)
+    order = input.sorted_indices if packed else None
+    # On a GPU, an index out of range would be the end of the process's work there: the operator
+    # says what is wrong with hx.
+    if order is not None and hx is not None and (hx.is_cpu or hx.shape[1:2] == order.shape):
+        hx = hx.index_select(1, order)
     if dropout != 0 and training and num_layers > 1:
         output, h_n = _rnn_with_dropout(
             tensor, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,

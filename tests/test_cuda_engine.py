@@ -2,12 +2,14 @@
 """The CUDA engine without a GPU: fastrnn.RNN on CPU tensors, its operators run by the engine's own
 C++ and by its kernels on the emulator (cuda_engine.cpp)."""
 
+import functools
 import sysconfig
 from pathlib import Path
 
 import cuda_host
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils import cpp_extension
 
 import fastrnn
@@ -40,25 +42,30 @@ def library():
 @pytest.fixture
 def engine(library):
     """In its scope fastrnn's CPU operators are those of the CUDA engine."""
+    library.operators = []
+
+    def run(name, *arguments):
+        library.operators.append(name)
+        return getattr(torch.ops.fastrnn_cuda_host, name)(*arguments)
+
     override = torch.library.Library("fastrnn", "IMPL")
     for name in ("rnn_forward", "rnn_backward"):
-        override.impl(name, getattr(torch.ops.fastrnn_cuda_host, name), "CPU", allow_override=True)
+        override.impl(name, functools.partial(run, name), "CPU", allow_override=True)
     yield library
     override._destroy()
 
 
 def cases():
-    """The grid, and sizes around those at which the kernels change."""
-    result = testing.grid()[::3]
-    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 256, 257):
+    """Those of the grid that are not large, and sizes around those at which the kernels change."""
+    work = [(case, sum(case.lengths or [case.T * case.B]) * case.H**2) for case in testing.grid()]
+    result = [case for case, multiplications in work if multiplications < 4e6]
+    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 256, 257, 330, 385):
         for B, bi in ((1, False), (9, True)):
             result.append(testing.Case(5, B, 3, H, bidirectional=bi, hx=bi))
     return result
 
 
-@every_dtype
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_results_and_gradients_are_as_accurate_as_nn_rnns(engine, case, dtype):
+def assert_as_accurate_as_nn_rnn(case, dtype):
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
     exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
@@ -67,3 +74,114 @@ def test_results_and_gradients_are_as_accurate_as_nn_rnns(engine, case, dtype):
         ours = {name: ours[name] for name in ("output", "h_n")}
         theirs = {name: theirs[name] for name in ours}
     testing.assert_as_accurate(ours, theirs, exact, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", cases()[::2], ids=str)
+def test_results_and_gradients_are_as_accurate_as_nn_rnns(engine, case, dtype):
+    assert_as_accurate_as_nn_rnn(case, dtype)
+
+
+# Not in float32, where all that could differ are the products of this machine's BLAS.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", cases()[1::4], ids=str)
+def test_so_are_they_without_the_kernels_that_walk_through_all_steps(
+    engine, monkeypatch, case, dtype
+):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
+    assert_as_accurate_as_nn_rnn(case, dtype)
+
+
+SMALL = [
+    testing.Case(4, 3, 2, 40, bidirectional=True, hx=True),
+    testing.Case(0, 0, 3, 20, 2, bidirectional=True, hx=True, lengths=(5, 3, 2, 2, 1)),
+    testing.Case(0, 0, 3, 70, lengths=(2, 9, 30, 1, 7, 7)),
+]
+
+
+@pytest.mark.parametrize("tier", ["0", "1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_no_order_of_threads_changes_a_bit(engine, monkeypatch, case, dtype, tier):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
+    results = []
+    for order in cuda_host.ORDERS:
+        engine.set_order(*order)
+        results.append(testing.run(case.module(fastrnn.RNN, dtype), case, dtype))
+    engine.set_order("ascending")
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@every_dtype
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_nan_and_infinity_travel_as_in_nn_rnn(engine, case, dtype):
+    states = {}
+    for cls in (fastrnn.RNN, torch.nn.RNN):
+        module = case.module(cls, dtype)
+        (first, *rest), hx = case.arguments(dtype)
+        first = first.clone()
+        first.view(-1)[0], first.view(-1)[-1] = float("nan"), float("inf")
+        x = pack_sequence([first, *rest], enforce_sorted=False) if case.lengths else first
+        output, h_n = module(x, hx)
+        states[cls] = (output.data if case.lengths else output).isnan(), h_n.isnan()
+    for ours, theirs in zip(*states.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_engine_is_what_ran(engine):
+    case = testing.Case(3, 2, 3, 20)
+    testing.run(case.module(fastrnn.RNN, torch.float32), case, torch.float32)
+    assert engine.operators == ["rnn_forward", "rnn_backward"]
+
+
+H100, A100, RTX_3090 = (9, 132, 227 << 10), (8, 108, 163 << 10), (8, 82, 99 << 10)
+TURING = (7, 72, 64 << 10)
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, sizes, tier, rows",
+    [
+        # GPU, dtype, (T, B, H, directions), tier, rows of the batch in each block
+        (H100, torch.float32, (512, 1, 128, 1), 1, 1),
+        (H100, torch.float32, (512, 132, 128, 1), 1, 1),
+        (H100, torch.float32, (512, 133, 128, 1), 1, 2),
+        (H100, torch.float32, (512, 132, 128, 2), 1, 2),
+        (H100, torch.float32, (512, 300, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 132, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 132 + 1, 128, 1), 0, 4),
+        (H100, torch.float32, (512, 16, 193, 1), 0, 1),
+        (H100, torch.float32, (1, 16, 64, 1), 0, 1),
+        (H100, torch.float64, (512, 16, 64, 1), 0, 1),
+        (H100, torch.float16, (512, 16, 384, 1), 1, 1),
+        (H100, torch.bfloat16, (512, 16, 385, 1), 0, 1),
+        (A100, torch.bfloat16, (512, 16, 320, 1), 1, 1),
+        (A100, torch.bfloat16, (512, 16, 321, 1), 0, 1),
+        (RTX_3090, torch.bfloat16, (512, 16, 256, 1), 1, 1),
+        (RTX_3090, torch.bfloat16, (512, 16, 257, 1), 0, 1),
+        (TURING, torch.float16, (512, 16, 64, 1), 0, 1),
+    ],
+)
+def test_the_plan(library, gpu, dtype, sizes, tier, rows):
+    assert torch.ops.fastrnn_cuda_host.plan(*sizes, dtype, *gpu)[:2] == [tier, rows]
+
+
+def test_the_tier_can_be_chosen_where_it_can_run(library, monkeypatch):
+    def tier(*sizes):
+        return torch.ops.fastrnn_cuda_host.plan(*sizes, 1, torch.float32, *H100)[0]
+
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "1")
+    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 193)] == [1, 1, 0]
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
+    assert tier(512, 16, 64) == 0
+
+
+def test_chunks_hold_64_mib_of_sums_and_a_step_at_least(library):
+    def steps(*sizes, dtype=torch.float32):
+        return torch.ops.fastrnn_cuda_host.plan(*sizes, dtype, *H100)[2]
+
+    assert steps(512, 64, 256, 1) == 512  # 32 MiB
+    assert steps(4096, 64, 256, 1) == steps(4096, 64, 256, 1, dtype=torch.float16) == 1024
+    assert steps(4096, 64, 256, 2) == steps(4096, 64, 256, 1, dtype=torch.float64) == 512
+    assert steps(10, 1 << 20, 64, 1) == 1

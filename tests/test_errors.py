@@ -339,31 +339,6 @@ def test_input_of_rank_four_is_answered_with_the_layout_of_batch_first(dropout):
     assert "(B, T, I) for a batch" in str(error)
 
 
-# Sizes of zero that nn.RNN accepts
-
-EMPTY = {
-    "a batch of none": ({}, X[:, :0]),
-    "a batch-first batch of none": ({"batch_first": True}, X[:0]),
-    "a bidirectional batch of none": ({"bidirectional": True}, X[:, :0]),
-    "batch_sizes that end in zero": ({}, packed(ROWS, [3, 2, 0])),
-    "batch_sizes of zero only": ({}, packed(ROWS[:0], [0])),
-}
-
-
-@pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
-def test_empty_batch_gives_the_results_and_gradients_of_nn_rnn(case):
-    options, x = case
-    outcomes = []
-    for cls in BOTH:
-        torch.manual_seed(0)
-        module = cls(3, 4, 2, **options)
-        output, h_n = module(x)
-        output = output.data if isinstance(output, PackedSequence) else output
-        (output.sum() + h_n.sum()).backward()
-        outcomes.append([output, h_n, *(p.grad for p in module.parameters())])
-    torch.testing.assert_close(*outcomes)
-
-
 # NaN and infinity
 
 

@@ -130,11 +130,11 @@ def test_tf32_is_set_for_a_case_and_restored(before, precision, allowed, monkeyp
         raise KeyboardInterrupt
 
     seen = []
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
     monkeypatch.setattr(gpu_timing, "failure", failure)
-    with pytest.raises(KeyboardInterrupt):
-        gpu_timing.perform(gpu_cases.make(precision, "core", ""), "eager", "cpu", 0.0)
-    assert (seen, torch.backends.cudnn.allow_tf32) == ([allowed], before)
+    with gpu_cases.cudnn_with_tf32(before):
+        with pytest.raises(KeyboardInterrupt):
+            gpu_timing.perform(gpu_cases.make(precision, "core", ""), "eager", "cpu", 0.0)
+        assert (seen, torch.backends.cudnn.allow_tf32) == ([allowed], before)
 
 
 def test_inputs_fill_more_than_the_cache_unless_they_are_too_large(monkeypatch):

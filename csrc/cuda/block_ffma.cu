@@ -18,6 +18,7 @@ class FfmaEngine {
   static constexpr int kThreads = kHidden / kUnits * kLanes;
   static constexpr int kDepth = 4;
   static constexpr int kStateSize = kRows * kHidden;
+  static constexpr size_t kSharedBytes = 2 * kStateSize * sizeof(float);
 
   static __device__ __forceinline__ int state_index(int row, int unit) {
     return row * kHidden + unit;

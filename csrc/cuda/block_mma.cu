@@ -9,18 +9,30 @@ namespace fastrnn::cuda {
 
 namespace {
 
-/// kTiles: H in tiles of 16. kOwn: tiles of 16 units that each warp computes; its other warps read
-/// the same s again, so larger layers give two to each.
-template <typename T, int kTiles, int kOwn>
+/// What a lane holds of an mma's first operand.
+struct __align__(16) Fragment {
+  uint32_t pair[4];
+};
+
+/// kTiles: H in tiles of 16. kOwn: tiles of 16 units that each warp computes; every warp reads all
+/// of s, so larger layers give two to each. kInRegisters: tiles along k whose weights registers
+/// hold; those of the others are in shared memory, in the order in which lanes read them.
+template <typename T, int kTiles, int kOwn, int kInRegisters = kTiles>
 class MmaEngine {
  public:
   using Element = T;
   static constexpr int kRows = 8, kElements = 4 * kOwn;
   static constexpr int kThreads = 32 * ((kTiles + kOwn - 1) / kOwn);
-  // The product of a small layer ends before a load from the L2 cache would.
-  static constexpr int kDepth = kTiles > 8 ? 2 : 4;
+  // The product of a small layer ends before a load from the L2 cache would; that of a large one
+  // does not, and leaves few registers.
+  static constexpr int kDepth = kTiles <= 8 ? 4 : kTiles <= 16 ? 2 : 1;
+  // Places for fragments in shared memory, of each tile that a warp computes.
+  static constexpr int kStaged = kInRegisters < 8 ? kInRegisters : 8;
+  static constexpr int kPlaces = kTiles - kInRegisters > kStaged ? kTiles - kInRegisters : kStaged;
   // 16 bytes more than a row, so that the eight rows of a fragment lie in different banks.
   static constexpr int kStride = 16 * kTiles + 8, kStateSize = kRows * kStride;
+  static constexpr size_t kStateBytes = 2 * kStateSize * sizeof(T);
+  static constexpr size_t kSharedBytes = kStateBytes + sizeof(Fragment) * kThreads * kOwn * kPlaces;
 
   static __device__ __forceinline__ int state_index(int row, int unit) {
     return row * kStride + unit;
@@ -37,24 +49,20 @@ class MmaEngine {
     return kTiles % kOwn == 0 || warp_ * kOwn + e / 4 < kTiles;
   }
 
-  /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j].
+  /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j]. All go by way of this
+  /// lane's places in shared memory: unrolled, the loads would need more registers than there are.
   __device__ __forceinline__ void load_weights(const T* w, int H, bool transposed) {
     FASTRNN_UNROLL
-    for (int m = 0; m < kOwn; ++m) {
+    for (int begin = 0; begin < kInRegisters; begin += kStaged) {
+      const int end = begin + kStaged < kInRegisters ? begin + kStaged : kInRegisters;
+      store_fragments(w, H, transposed, begin, end);
       FASTRNN_UNROLL
-      for (int k = 0; k < kTiles; ++k) {
+      for (int m = 0; m < kOwn; ++m) {
         FASTRNN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int unit = (warp_ * kOwn + m) * 16 + lane_ / 4 + 8 * (i % 2);
-          const int column = 16 * k + lane_ % 4 * 2 + 8 * (i / 2);
-          const auto weight = [&](int c) -> uint32_t {
-            if (unit >= H || c >= H) return 0;
-            return (transposed ? w[c * H + unit] : w[unit * H + c]).bits;
-          };
-          w_[m][k][i] = weight(column) | weight(column + 1) << 16;
-        }
+        for (int k = begin; k < end; ++k) w_[m][k] = *place(m, k - begin);
       }
     }
+    store_fragments(w, H, transposed, kInRegisters, kTiles);
   }
 
   __device__ __forceinline__ void multiply(const T* state, float (&sums)[kElements]) const {
@@ -64,9 +72,14 @@ class MmaEngine {
     FASTRNN_UNROLL
     for (int k = 0; k < kTiles; ++k) {
       const T* const s = state + lane_ / 4 * kStride + 16 * k + lane_ % 4 * 2;
-      const uint32_t fragment[2] = {pair_at(s), pair_at(s + 8)};
+      const uint32_t operand[2] = {pair_at(s), pair_at(s + 8)};
       FASTRNN_UNROLL
-      for (int m = 0; m < kOwn; ++m) mma(T{}, parts[m][k % kSums], w_[m][k], fragment);
+      for (int m = 0; m < kOwn; ++m) {
+        if (k < kInRegisters)
+          mma(T{}, parts[m][k % kSums], w_[m][k < kInRegisters ? k : 0].pair, operand);
+        else
+          mma(T{}, parts[m][k % kSums], place(m, k - kInRegisters)->pair, operand);
+      }
     }
     FASTRNN_UNROLL
     for (int e = 0; e < kElements; ++e) {
@@ -81,23 +94,66 @@ class MmaEngine {
     return *reinterpret_cast<const uint32_t*>(s);
   }
 
+  static __device__ __forceinline__ uint32_t weight(const T* w, int H, bool transposed, int unit,
+                                                    int column) {
+    if (unit >= H || column >= H) return 0;
+    return (transposed ? w[column * H + unit] : w[unit * H + column]).bits;
+  }
+
+  /// This lane's part of the weights of its warp's tiles, along k's tiles [begin, end).
+  __device__ __forceinline__ void store_fragments(const T* w, int H, bool transposed, int begin,
+                                                  int end) const {
+    for (int m = 0; m < kOwn; ++m) {
+      FASTRNN_ROLLED
+      for (int k = begin; k < end; ++k) {
+        FASTRNN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int unit = (warp_ * kOwn + m) * 16 + lane_ / 4 + 8 * (i % 2);
+          const int column = 16 * k + lane_ % 4 * 2 + 8 * (i / 2);
+          place(m, k - begin)->pair[i] = weight(w, H, transposed, unit, column) |
+                                         weight(w, H, transposed, unit, column + 1) << 16;
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ Fragment* place(int m, int k) const {
+    char* const start = static_cast<char*>(shared_memory()) + kStateBytes;
+    return reinterpret_cast<Fragment*>(start) + ((warp_ * kOwn + m) * kPlaces + k) * 32 + lane_;
+  }
+
   const int lane_, warp_;
-  uint32_t w_[kOwn][kTiles][4];
+  Fragment w_[kOwn][kInRegisters];
 };
+
+/// f(engine) with the smallest engine for H units.
+template <typename T, typename F>
+auto with_engine(int64_t H, const F& f) {
+  if (H <= 32) return f(static_cast<MmaEngine<T, 2, 1>*>(nullptr));
+  if (H <= 64) return f(static_cast<MmaEngine<T, 4, 1>*>(nullptr));
+  if (H <= 128) return f(static_cast<MmaEngine<T, 8, 2>*>(nullptr));
+  if (H <= 192) return f(static_cast<MmaEngine<T, 12, 2>*>(nullptr));
+  if (H <= 256) return f(static_cast<MmaEngine<T, 16, 2>*>(nullptr));
+  if (H <= 320) return f(static_cast<MmaEngine<T, 20, 2, 10>*>(nullptr));
+  return f(static_cast<MmaEngine<T, 24, 2, 10>*>(nullptr));
+}
 
 template <typename T>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  if (args.H <= 32) return run_block_recurrence<MmaEngine<T, 2, 1>>(args, stream);
-  if (args.H <= 64) return run_block_recurrence<MmaEngine<T, 4, 1>>(args, stream);
-  if (args.H <= 128) return run_block_recurrence<MmaEngine<T, 8, 2>>(args, stream);
-  if (args.H <= 192) return run_block_recurrence<MmaEngine<T, 12, 2>>(args, stream);
-  return run_block_recurrence<MmaEngine<T, 16, 2>>(args, stream);
+  return with_engine<T>(args.H, [&](auto* engine) {
+    return run_block_recurrence<std::remove_pointer_t<decltype(engine)>>(args, stream);
+  });
 }
 
 }  // namespace
 
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream) {
   return args.type == Type::kHalf ? run<Half>(args, stream) : run<BFloat16>(args, stream);
+}
+
+int64_t mma_shared_bytes(int64_t H) {
+  return with_engine<Half>(H, [](auto* engine) {
+    return static_cast<int64_t>(std::remove_pointer_t<decltype(engine)>::kSharedBytes);
+  });
 }
 
 }  // namespace fastrnn::cuda

@@ -136,15 +136,15 @@ __global__ void __launch_bounds__(Engine::kThreads, 1)
   for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
   __syncthreads();
 
-  static_assert(kDepth % 2 == 0, "the buffer of a step is known when the kernel is compiled");
   for (int base = 0; base < walk.count; base += kDepth) {
     FASTRNN_UNROLL
     for (int i = 0; i < kDepth; ++i) {
       if (base + i >= walk.count) break;
       const int64_t t = walk.step(base + i);
       const int rows = in_this_block(walk.rows(t));
-      const Element* const before = state + i % 2 * Engine::kStateSize;
-      Element* const after = state + (i + 1) % 2 * Engine::kStateSize;
+      const int buffer = (kDepth % 2 == 0 ? i : base) % 2;
+      const Element* const before = state + buffer * Engine::kStateSize;
+      Element* const after = state + (1 - buffer) * Engine::kStateSize;
       float sums[kElements];
       engine.multiply(before, sums);
       const int rows_before =
@@ -188,7 +188,7 @@ const char* run_block_recurrence(const RecurrenceArgs& args, Stream stream) {
   shape.blocks_x = static_cast<unsigned>((args.steps.B + Engine::kRows - 1) / Engine::kRows);
   shape.blocks_y = args.directions;
   shape.threads = Engine::kThreads;
-  shape.shared_bytes = 2 * Engine::kStateSize * sizeof(typename Engine::Element);
+  shape.shared_bytes = Engine::kSharedBytes;
   return args.backward ? launch(block_recurrence<Engine, true>, shape, stream, args)
                        : launch(block_recurrence<Engine, false>, shape, stream, args);
 }

@@ -137,6 +137,7 @@ RecurrenceDirection direction_of(const Layout& layout, bool backward, Range rang
 void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_row,
                     Activation activation, bool backward, const std::vector<Range>& ranges,
                     const std::vector<DirectionTensors>& directions) {
+  if (layout.B == 0 || directions[0].out.size(-1) == 0) return;  // no launch is without threads
   if (plan.tier == Tier::kSteps) {
     for (size_t d = 0; d < directions.size(); ++d)
       StepWalk(layout, activation, backward, ranges[d], directions[d]).run();

@@ -17,8 +17,8 @@ inline void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "fastrnn: CUDA error: ", error);
 }
 
-inline Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline Type type_of(at::ScalarType type) {
+  switch (type) {
     case at::kDouble:
       return Type::kDouble;
     case at::kHalf:
@@ -29,6 +29,8 @@ inline Type type_of(const Tensor& t) {
       return Type::kFloat;
   }
 }
+
+inline Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
 /// The type of sums: addends in forward, products, gradients of weights until they are complete.
 inline at::ScalarType sum_type(const Tensor& t) {

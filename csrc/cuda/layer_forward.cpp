@@ -32,7 +32,6 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
                    const Tensor& h_n) {
   const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
-  if (layout.B == 0 || H == 0) return;
   const Plan plan = plan_layer({layout.T, layout.B, H, D, type_of(output)}, current_gpu());
   const Tensor first_row = plan.tier == Tier::kBlock ? upload_first_row(layout, output) : Tensor();
   const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();

@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kMaxWaves = 8;
 // Below this the product of a step that tier 1 saves does not exist.
 constexpr int64_t kMinSteps = 2;
-// Addends or deltas in memory at a time; large products are at full speed well below that.
-constexpr int64_t kChunkBytes = 64 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,14 +40,15 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   };
   // As few rows in a block as give all blocks a multiprocessor.
   plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : 4;
-  const bool can = gpu.major >= 8 && s.H >= 1 && s.H <= most && s.T <= kMaxSteps;
+  const bool can = gpu.major >= 8 && s.H >= 1 && s.H <= most && s.T <= kMaxSteps &&
+                   (!sixteen_bits || mma_shared_bytes(s.H) <= gpu.shared_bytes);
   const bool pays = s.T >= kMinSteps && waves(sixteen_bits ? 8 : plan.block_rows) <= kMaxWaves;
   const char* wanted = wanted_tier();
   const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
   plan.tier = block ? Tier::kBlock : Tier::kSteps;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
-  plan.chunk_steps = std::clamp<int64_t>(kChunkBytes / step_bytes, 1, s.T);
+  plan.chunk_steps = std::clamp<int64_t>(gpu.chunk_bytes / step_bytes, 1, s.T);
   return plan;
 }
 

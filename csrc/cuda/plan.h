@@ -18,6 +18,9 @@ struct LayerShape {
 struct Gpu {
   int major = 8, minor = 0;  // compute capability
   int multiprocessors = 108;
+  int64_t shared_bytes = 163 << 10;  // that a block can have
+  // Addends or deltas in memory at a time; large products are at full speed well below that.
+  int64_t chunk_bytes = 64 << 20;
 };
 
 enum class Tier {

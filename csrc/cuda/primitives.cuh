@@ -9,6 +9,7 @@
 
 #ifdef __CUDACC__
 #define FASTRNN_UNROLL _Pragma("unroll")
+#define FASTRNN_ROLLED _Pragma("unroll 1")
 #else
 #include <cmath>
 #include <cstring>
@@ -16,6 +17,7 @@
 #include "cuda_host.h"
 #include "numbers.h"
 #define FASTRNN_UNROLL
+#define FASTRNN_ROLLED
 #define __grid_constant__
 #endif
 

@@ -65,8 +65,10 @@ struct RecurrenceArgs {
 /// Tier 1: a block of threads keeps W_hh in registers and walks through all steps with its part of
 /// the batch. In 16 bits on tensor cores, with float accumulation, for H <= kMaxMmaHidden; in float
 /// for H <= kMaxFfmaHidden, where `rows` of the batch go to each block (1, 2 or 4).
-constexpr int64_t kMaxMmaHidden = 256, kMaxFfmaHidden = 192;
+constexpr int64_t kMaxMmaHidden = 384, kMaxFfmaHidden = 192;
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
+/// Shared memory of each block, which the GPU must have.
+int64_t mma_shared_bytes(int64_t H);
 const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream);
 
 /// Tier 0, after the product of each step: for rows [0, rows) of one step and direction

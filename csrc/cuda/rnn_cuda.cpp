@@ -23,8 +23,7 @@ Gpu current_gpu() {
     return value;
   };
   return {attribute(cudaDevAttrComputeCapabilityMajor),
-          attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
+          attribute(cudaDevAttrComputeCapabilityMinor), attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 }  // namespace cuda
