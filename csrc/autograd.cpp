@@ -10,6 +10,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <mutex>
+
 #include "rnn.h"
 
 namespace fastrnn {
@@ -104,16 +106,28 @@ variable_list fused_backward(const Saved& saved, const variable_list& grads,
 }
 
 /// In its scope PyTorch's RNN on a GPU is its own loop: cuDNN has no second derivative. The setting
-/// is the whole process's: meanwhile other threads do without cuDNN too.
+/// is the whole process's: meanwhile other threads do without cuDNN too. The first scope of several
+/// at a time keeps the setting and the last one puts it back.
 class WithoutCudnn {
  public:
-  explicit WithoutCudnn(bool on_gpu) {
-    if (on_gpu) at::globalContext().setUserEnabledCuDNN(false);
+  explicit WithoutCudnn(bool on_gpu) : on_gpu_(on_gpu) {
+    if (!on_gpu_) return;
+    const std::lock_guard lock(mutex_);
+    if (scopes_++ > 0) return;
+    before_ = at::globalContext().userEnabledCuDNN();
+    at::globalContext().setUserEnabledCuDNN(false);
   }
-  ~WithoutCudnn() { at::globalContext().setUserEnabledCuDNN(before_); }
+  ~WithoutCudnn() {
+    if (!on_gpu_) return;
+    const std::lock_guard lock(mutex_);
+    if (--scopes_ == 0) at::globalContext().setUserEnabledCuDNN(before_);
+  }
 
  private:
-  const bool before_ = at::globalContext().userEnabledCuDNN();
+  inline static std::mutex mutex_;
+  inline static int scopes_ = 0;
+  inline static bool before_ = false;
+  const bool on_gpu_;
 };
 
 /// The derivative by PyTorch's own operators, differentiable where grad mode is on: the forward

@@ -71,14 +71,18 @@ bool is_plain_eager() {
 
 #ifdef FASTRNN_CUDA
 constexpr bool kHasCuda = true;
+bool is_on_fused_gpu(const at::Tensor& t) {
+  return t.is_cuda() && fastrnn::cuda::runs_on(t.get_device());
+}
 #else
 constexpr bool kHasCuda = false;
+bool is_on_fused_gpu(const at::Tensor&) { return false; }
 #endif
 
 bool is_plain_tensor(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;  // Tensor or Parameter, no subclass of them
   const at::Tensor& t = THPVariable_Unpack(object);
-  return (t.is_cpu() || (kHasCuda && t.is_cuda())) && t.layout() == at::kStrided &&
+  return (t.is_cpu() || is_on_fused_gpu(t)) && t.layout() == at::kStrided &&
          fastrnn::is_fused_dtype(t.scalar_type());
 }
 

@@ -3,6 +3,8 @@ from typing import Any
 
 from torch import Tensor
 
+device_types: tuple[str, ...]
+
 def rnn(
     input: Tensor,
     hx: Tensor | None,
@@ -20,3 +22,6 @@ def cpu_capability() -> str: ...
 def cpu_plan(
     T: int, B: int, I: int, H: int, directions: int = 1, element_size: int = 4, hx: bool = False
 ) -> dict[str, Any]: ...
+def cuda_plan(
+    T: int, B: int, H: int, directions: int = 1, element_size: int = 4
+) -> dict[str, Any]: ...  # in a build with CUDA

@@ -48,11 +48,18 @@ def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bo
     if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
         return False
     for w in weights:
-        if w is None or w.device.type not in _FUSED_DEVICES or w.layout is not torch.strided:
+        if w is None or not _is_fused_device(w.device) or w.layout is not torch.strided:
             return False
     if not (input.layout is torch.strided and (hx is None or hx.layout is torch.strided)):
         return False
     return not weights or weights[0].dtype in _FUSED_DTYPES
+
+
+def _is_fused_device(device: torch.device) -> bool:
+    """Whether there are kernels for it: the CPU, or in a build with CUDA an A100 or newer."""
+    if device.type == "cuda" and "cuda" in _FUSED_DEVICES:
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type in _FUSED_DEVICES
 
 
 def _only_mode_is_default_device() -> bool:

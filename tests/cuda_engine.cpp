@@ -19,7 +19,12 @@ Stream current_stream() { return nullptr; }
 
 /// So small that few rows of the batch make several waves of blocks, and few steps several chunks.
 Gpu current_gpu() {
-  return {9, 0, /*multiprocessors=*/4, /*shared_bytes=*/227 << 10, /*chunk_bytes=*/64 << 10};
+  Gpu gpu;
+  gpu.major = 9;
+  gpu.multiprocessors = 4;
+  gpu.shared_bytes = 227 << 10;
+  gpu.small_bytes = 32 << 10;
+  return gpu;
 }
 
 }  // namespace cuda

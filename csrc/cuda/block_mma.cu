@@ -125,22 +125,27 @@ class MmaEngine {
   Fragment w_[kOwn][kInRegisters];
 };
 
-/// f(engine) with the smallest engine for H units.
+template <class E>
+struct Use {
+  using Engine = E;
+};
+
+/// f with the smallest engine for H units.
 template <typename T, typename F>
 auto with_engine(int64_t H, const F& f) {
-  if (H <= 32) return f(static_cast<MmaEngine<T, 2, 1>*>(nullptr));
-  if (H <= 64) return f(static_cast<MmaEngine<T, 4, 1>*>(nullptr));
-  if (H <= 128) return f(static_cast<MmaEngine<T, 8, 2>*>(nullptr));
-  if (H <= 192) return f(static_cast<MmaEngine<T, 12, 2>*>(nullptr));
-  if (H <= 256) return f(static_cast<MmaEngine<T, 16, 2>*>(nullptr));
-  if (H <= 320) return f(static_cast<MmaEngine<T, 20, 2, 10>*>(nullptr));
-  return f(static_cast<MmaEngine<T, 24, 2, 10>*>(nullptr));
+  if (H <= 32) return f(Use<MmaEngine<T, 2, 1>>{});
+  if (H <= 64) return f(Use<MmaEngine<T, 4, 1>>{});
+  if (H <= 128) return f(Use<MmaEngine<T, 8, 2>>{});
+  if (H <= 192) return f(Use<MmaEngine<T, 12, 2>>{});
+  if (H <= 256) return f(Use<MmaEngine<T, 16, 2>>{});
+  if (H <= 320) return f(Use<MmaEngine<T, 20, 2, 9>>{});
+  return f(Use<MmaEngine<T, 24, 2, 10>>{});
 }
 
 template <typename T>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  return with_engine<T>(args.H, [&](auto* engine) {
-    return run_block_recurrence<std::remove_pointer_t<decltype(engine)>>(args, stream);
+  return with_engine<T>(args.H, [&](auto use) {
+    return run_block_recurrence<typename decltype(use)::Engine>(args, stream);
   });
 }
 
@@ -151,9 +156,8 @@ const char* mma_recurrence(const RecurrenceArgs& args, Stream stream) {
 }
 
 int64_t mma_shared_bytes(int64_t H) {
-  return with_engine<Half>(H, [](auto* engine) {
-    return static_cast<int64_t>(std::remove_pointer_t<decltype(engine)>::kSharedBytes);
-  });
+  return with_engine<Half>(
+      H, [](auto use) { return static_cast<int64_t>(decltype(use)::Engine::kSharedBytes); });
 }
 
 }  // namespace fastrnn::cuda

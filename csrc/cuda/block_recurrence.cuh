@@ -60,126 +60,164 @@ struct Walk {
   }
 };
 
-/// What one thread reads of one step, loaded ahead of it.
-template <typename Addend, typename Element, int kElements>
-struct Inputs {
-  Addend addend[kElements];
-  Element y[kElements];
+/// One thread's part of a block's walk. An element is one of its sums, of a row and a unit.
+template <class Engine, bool kBackward>
+class BlockRecurrence {
+ public:
+  __device__ __forceinline__ explicit BlockRecurrence(const RecurrenceArgs& args)
+      : args_(args),
+        d_(blockIdx.y == 0 ? args.direction[0] : args.direction[1]),
+        row0_(static_cast<int64_t>(blockIdx.x) * Engine::kRows),
+        H_(static_cast<int>(args.H)),
+        walk_(args.steps, d_, row0_),
+        state_(static_cast<Element*>(shared_memory())) {}
+
+  __device__ __forceinline__ void run() {
+    engine_.load_weights(static_cast<const Element*>(d_.w_hh), H_, /*transposed=*/kBackward);
+    fill_state();
+    load_bias();
+    Inputs inputs[kDepth];
+    FASTRNN_UNROLL
+    for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
+    __syncthreads();
+    for (int base = 0; base < walk_.count; base += kDepth) {
+      FASTRNN_UNROLL
+      for (int i = 0; i < kDepth; ++i) {
+        if (base + i >= walk_.count) break;
+        step(walk_.step(base + i), (kDepth % 2 == 0 ? i : base) % 2, inputs[i]);
+        load(base + i + kDepth, inputs[i]);
+        __syncthreads();
+      }
+    }
+    store_final_state();
+  }
+
+ private:
+  using Element = typename Engine::Element;
+  using Addend = std::conditional_t<kBackward, Element, float>;
+  static constexpr int kElements = Engine::kElements, kDepth = Engine::kDepth;
+
+  /// What the thread reads of one step, loaded ahead of it.
+  struct Inputs {
+    Addend addend[kElements];
+    Element y[kElements];
+  };
+
+  /// Of the first `rows` rows of the batch, those in this block.
+  __device__ __forceinline__ int in_this_block(int64_t rows) const {
+    const int64_t count = rows - row0_;
+    return static_cast<int>(count < Engine::kRows ? count : Engine::kRows);
+  }
+  /// Whether element e exists among the block's first `rows` rows.
+  __device__ __forceinline__ bool is_in(int rows, int e) const {
+    return engine_.owns(e) && engine_.unit(e) < H_ && engine_.row(e) < rows;
+  }
+  /// Where element e is: in a contiguous [B, H] tensor, ...
+  __device__ __forceinline__ int64_t batch_place(int e) const {
+    return (row0_ + engine_.row(e)) * H_ + engine_.unit(e);
+  }
+  /// ... in a sequence, from the block's first row at that step (32 bits do), ...
+  __device__ __forceinline__ unsigned sequence_place(const Sequence& s, int e) const {
+    return static_cast<unsigned>(engine_.row(e)) * static_cast<unsigned>(s.row_stride) +
+           static_cast<unsigned>(engine_.unit(e));
+  }
+  /// ... and in a buffer of s.
+  __device__ __forceinline__ int state_place(int e) const {
+    return Engine::state_index(engine_.row(e), engine_.unit(e));
+  }
+
+  /// Both buffers of s: zero, also where there is no row or column, then the first one as given.
+  __device__ __forceinline__ void fill_state() {
+    for (int i = threadIdx.x; i < 2 * Engine::kStateSize; i += Engine::kThreads)
+      state_[i] = Element{};
+    if (d_.state == nullptr) return;
+    __syncthreads();
+    const int batch = in_this_block(args_.steps.B);
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e)
+      if (is_in(batch, e))
+        state_[state_place(e)] = static_cast<const Element*>(d_.state)[batch_place(e)];
+  }
+
+  __device__ __forceinline__ void load_bias() {
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      bias_[e] = 0;
+      const int unit = engine_.unit(e);
+      if (kBackward || d_.b_ih == nullptr || !engine_.owns(e) || unit >= H_) continue;
+      bias_[e] = to_float(static_cast<const Element*>(d_.b_ih)[unit]) +
+                 to_float(static_cast<const Element*>(d_.b_hh)[unit]);
+    }
+  }
+
+  /// The inputs of the walk's step number i, zero where there are none.
+  __device__ __forceinline__ void load(int i, Inputs& in) const {
+    if (i >= walk_.count) return;
+    const int64_t t = walk_.step(i);
+    const int rows = in_this_block(walk_.rows(t));
+    const Addend* const addend = walk_.at<const Addend>(d_.addend, t, row0_);
+    const Element* const y = walk_.at<const Element>(d_.y, t, row0_);
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      in.addend[e] = Addend{};
+      if (kBackward) in.y[e] = Element{};
+      if (!is_in(rows, e)) continue;
+      if (d_.addend.data != nullptr) in.addend[e] = addend[sequence_place(d_.addend, e)];
+      if (kBackward) in.y[e] = y[sequence_place(d_.y, e)];
+    }
+  }
+
+  /// Step t: reads s from one buffer, writes it to the other one and to the output.
+  __device__ __forceinline__ void step(int64_t t, int buffer, const Inputs& in) {
+    const Element* const before = state_ + buffer * Engine::kStateSize;
+    Element* const after = state_ + (1 - buffer) * Engine::kStateSize;
+    float sums[kElements];
+    engine_.multiply(before, sums);
+    const int rows = in_this_block(walk_.rows(t));
+    const bool adds_grad_h_n = kBackward && d_.grad_h_n != nullptr;
+    const int rows_before = adds_grad_h_n ? in_this_block(walk_.rows_before(t)) : 0;
+    Element* const out = walk_.at<Element>(d_.out, t, row0_);
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      if (!engine_.owns(e)) continue;
+      if (!is_in(rows, e)) {  // a row that has ended, or not begun, keeps its state
+        after[state_place(e)] = before[state_place(e)];
+        continue;
+      }
+      float sum = sums[e] + to_float(in.addend[e]) + bias_[e];
+      if (adds_grad_h_n && !is_in(rows_before, e))
+        sum += to_float(static_cast<const Element*>(d_.grad_h_n)[batch_place(e)]);
+      const float y = kBackward ? to_float(in.y[e]) : 0.0f;
+      const Element s = from_float<Element>(activate<Element, kBackward>(args_.activation, sum, y));
+      after[state_place(e)] = s;
+      out[sequence_place(d_.out, e)] = s;
+    }
+  }
+
+  __device__ __forceinline__ void store_final_state() const {
+    if (d_.final_state == nullptr) return;
+    const Element* const last = state_ + walk_.count % 2 * Engine::kStateSize;
+    const int batch = in_this_block(args_.steps.B);
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e)
+      if (is_in(batch, e))
+        static_cast<Element*>(d_.final_state)[batch_place(e)] = last[state_place(e)];
+  }
+
+  const RecurrenceArgs& args_;
+  const RecurrenceDirection d_;
+  const int64_t row0_;  // the block's first row of the batch
+  const int H_;
+  const Walk walk_;
+  Engine engine_;
+  Element* const state_;   // in shared memory: two buffers of s
+  float bias_[kElements];  // b_ih + b_hh
 };
 
 template <class Engine, bool kBackward>
 __global__ void __launch_bounds__(Engine::kThreads, 1)
     block_recurrence(const __grid_constant__ RecurrenceArgs args) {
-  using Element = typename Engine::Element;
-  using Addend = std::conditional_t<kBackward, Element, float>;
-  constexpr int kElements = Engine::kElements, kDepth = Engine::kDepth;
-  const RecurrenceDirection& d = args.direction[blockIdx.y];
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Engine::kRows;
-  const int H = static_cast<int>(args.H);
-  const Walk walk(args.steps, d, row0);
-
-  Engine engine;
-  engine.load_weights(static_cast<const Element*>(d.w_hh), H, /*transposed=*/kBackward);
-
-  // Two buffers of s, zero also where there is no row or column.
-  Element* const state = static_cast<Element*>(shared_memory());
-  for (int i = threadIdx.x; i < 2 * Engine::kStateSize; i += Engine::kThreads) state[i] = Element{};
-  __syncthreads();
-
-  // Of `rows` rows of the batch, those in this block; is a thread's element e in them; and where
-  // is it in a [B, H] tensor.
-  const auto in_this_block = [&](int64_t rows) {
-    const int64_t count = rows - row0;
-    return static_cast<int>(count < Engine::kRows ? count : Engine::kRows);
-  };
-  const auto is_alive = [&](int e, int rows) {
-    return engine.owns(e) && engine.unit(e) < H && engine.row(e) < rows;
-  };
-  const int batch = in_this_block(args.steps.B);
-  const auto in_block = [&](int e, const Sequence& s) {  // from the block's first row; 32 bits do
-    return static_cast<unsigned>(engine.row(e)) * static_cast<unsigned>(s.row_stride) +
-           static_cast<unsigned>(engine.unit(e));
-  };
-  const auto place = [&](int e) { return (row0 + engine.row(e)) * H + engine.unit(e); };
-
-  float bias[kElements] = {};  // the biases' sum there
-  FASTRNN_UNROLL
-  for (int e = 0; e < kElements; ++e) {
-    if (kBackward || d.b_ih == nullptr || !is_alive(e, batch)) continue;
-    bias[e] = to_float(static_cast<const Element*>(d.b_ih)[engine.unit(e)]) +
-              to_float(static_cast<const Element*>(d.b_hh)[engine.unit(e)]);
-  }
-  FASTRNN_UNROLL
-  for (int e = 0; e < kElements; ++e) {
-    if (d.state == nullptr || !is_alive(e, batch)) continue;
-    state[Engine::state_index(engine.row(e), engine.unit(e))] =
-        static_cast<const Element*>(d.state)[place(e)];
-  }
-
-  const auto load = [&](int i, Inputs<Addend, Element, kElements>& in) {
-    if (i >= walk.count) return;
-    const int64_t t = walk.step(i);
-    const int rows = in_this_block(walk.rows(t));
-    const Addend* const addend = walk.at<const Addend>(d.addend, t, row0);
-    const Element* const y = walk.at<const Element>(d.y, t, row0);
-    FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      in.addend[e] = Addend{};
-      if (kBackward) in.y[e] = Element{};
-      if (!is_alive(e, rows)) continue;
-      if (d.addend.data != nullptr) in.addend[e] = addend[in_block(e, d.addend)];
-      if (kBackward) in.y[e] = y[in_block(e, d.y)];
-    }
-  };
-  Inputs<Addend, Element, kElements> inputs[kDepth];
-  FASTRNN_UNROLL
-  for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
-  __syncthreads();
-
-  for (int base = 0; base < walk.count; base += kDepth) {
-    FASTRNN_UNROLL
-    for (int i = 0; i < kDepth; ++i) {
-      if (base + i >= walk.count) break;
-      const int64_t t = walk.step(base + i);
-      const int rows = in_this_block(walk.rows(t));
-      const int buffer = (kDepth % 2 == 0 ? i : base) % 2;
-      const Element* const before = state + buffer * Engine::kStateSize;
-      Element* const after = state + (1 - buffer) * Engine::kStateSize;
-      float sums[kElements];
-      engine.multiply(before, sums);
-      const int rows_before =
-          kBackward && d.grad_h_n != nullptr ? in_this_block(walk.rows_before(t)) : 0;
-      Element* const out = walk.at<Element>(d.out, t, row0);
-      FASTRNN_UNROLL
-      for (int e = 0; e < kElements; ++e) {
-        if (!engine.owns(e)) continue;
-        float sum = sums[e] + to_float(inputs[i].addend[e]) + bias[e];
-        const bool alive = is_alive(e, rows);
-        if (kBackward && d.grad_h_n != nullptr && alive && !is_alive(e, rows_before))
-          sum += to_float(static_cast<const Element*>(d.grad_h_n)[place(e)]);
-        const float y = kBackward ? to_float(inputs[i].y[e]) : 0.0f;
-        const int index = Engine::state_index(engine.row(e), engine.unit(e));
-        if (alive) {
-          const Element s =
-              from_float<Element>(activate<Element, kBackward>(args.activation, sum, y));
-          after[index] = s;
-          out[in_block(e, d.out)] = s;
-        } else {
-          after[index] = before[index];  // a row that has ended, or not begun, keeps its state
-        }
-      }
-      load(base + i + kDepth, inputs[i]);
-      __syncthreads();
-    }
-  }
-
-  if (d.final_state == nullptr) return;
-  const Element* const last = state + walk.count % 2 * Engine::kStateSize;
-  FASTRNN_UNROLL
-  for (int e = 0; e < kElements; ++e)
-    if (is_alive(e, batch))
-      static_cast<Element*>(d.final_state)[place(e)] =
-          last[Engine::state_index(engine.row(e), engine.unit(e))];
+  BlockRecurrence<Engine, kBackward>(args).run();
 }
 
 template <class Engine>

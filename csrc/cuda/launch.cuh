@@ -24,7 +24,10 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stre
   if (shape.shared_bytes > kAlwaysAllowed) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // else the next one who asks is blamed
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<dim3(shape.blocks_x, shape.blocks_y), shape.threads, shape.shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(arguments...);

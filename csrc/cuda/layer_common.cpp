@@ -8,9 +8,21 @@
 namespace fastrnn::cuda {
 
 Tensor float_product(const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == sum_type(a)) return at::mm(a, b);
-  if (a.is_cuda()) return at::mm(a, b, at::kFloat);
-  return at::mm(a.to(at::kFloat), b.to(at::kFloat));
+  Tensor product = at::empty({a.size(0), b.size(1)}, a.options().dtype(sum_type(a)));
+  float_product_out(product, a, b);
+  return product;
+}
+
+void float_product_out(Tensor& product, const Tensor& a, const Tensor& b) {
+  // Float sums of float16 are refused where the process allows float16 sums.
+  const bool refused =
+      a.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+  if (a.scalar_type() == product.scalar_type())
+    at::mm_out(product, a, b);
+  else if (a.is_cuda() && !refused)
+    at::mm_out(product, a, b, at::kFloat);
+  else
+    at::mm_out(product, a.to(at::kFloat), b.to(at::kFloat));
 }
 
 Tensor upload_first_row(const Layout& layout, const Tensor& like) {
@@ -23,17 +35,33 @@ Tensor upload_first_row(const Layout& layout, const Tensor& like) {
 
 namespace {
 
-/// Tier 0: a product and an epilogue for each step.
+/// Tier 0: a product and an epilogue for each step. Its time is that of the calls from the host, so
+/// as few tensors as can be are made in a step.
 class StepWalk {
  public:
   StepWalk(const Layout& layout, Activation activation, bool backward, Range range,
            const DirectionTensors& d)
       : layout_(layout),
-        activation_(activation),
-        backward_(backward),
         range_(range),
         d_(d),
-        weight_(backward ? d.cell.w_hh : d.cell.w_hh.t()) {}
+        weight_(backward ? d.cell.w_hh : d.cell.w_hh.t()),
+        addend_(sequence_of(layout, d.addend, range.begin)),
+        y_(sequence_of(layout, d.y, range.begin)),
+        out_(sequence_of(layout, d.out, range.begin)) {
+    args_.type = type_of(d.out);
+    args_.activation = activation;
+    args_.backward = backward;
+    args_.H = d.out.size(-1);
+    if (!backward) {
+      args_.b_ih = read_of(d.cell.b_ih);
+      args_.b_hh = read_of(d.cell.b_hh);
+    }
+    args_.grad_h_n = read_of(d.grad_h_n);
+    args_.addend_stride = addend_.row_stride;
+    args_.y_stride = y_.row_stride;
+    args_.out_stride = out_.row_stride;
+    product_ = at::empty({layout.B, args_.H}, d.out.options().dtype(sum_type(d.out)));
+  }
 
   void run() {
     // A state that no step changes stays: that of rows which have ended, or not begun.
@@ -46,11 +74,13 @@ class StepWalk {
     const int64_t count = range_.end - range_.begin;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = d_.descending ? range_.end - 1 - i : range_.begin + i;
+      previous_output_ = std::move(output_);
+      output_ = step_of(layout_, d_.out, t, range_.begin);
       step(t, /*first=*/i == 0);
       const int64_t going_on = i + 1 < count ? std::min(rows(t), rows(after(t))) : 0;
       if (d_.final_state.defined() && going_on < rows(t))
         d_.final_state.narrow(0, going_on, rows(t) - going_on)
-            .copy_(at(d_.out, t).narrow(0, going_on, rows(t) - going_on));
+            .copy_(output_.narrow(0, going_on, rows(t) - going_on));
     }
   }
 
@@ -58,58 +88,57 @@ class StepWalk {
   int64_t rows(int64_t t) const { return t < 0 || t >= layout_.T ? 0 : layout_.rows(t); }
   int64_t after(int64_t t) const { return d_.descending ? t - 1 : t + 1; }
   int64_t before(int64_t t) const { return d_.descending ? t + 1 : t - 1; }
-  Tensor at(const Tensor& t, int64_t step) const { return step_of(layout_, t, step, range_.begin); }
+
+  /// The first `count` rows, as a view only where those are not all.
+  static Tensor first_rows(const Tensor& t, int64_t count) {
+    return t.size(0) == count ? t : t.narrow(0, 0, count);
+  }
+
+  /// The first row of step t.
+  char* row_of(const Sequence& s, int64_t t, int64_t item_size) const {
+    if (s.data == nullptr) return nullptr;
+    const int64_t elements =
+        layout_.packed() ? layout_.first_row[t] * s.row_stride : t * s.step_stride;
+    return static_cast<char*>(s.data) + elements * item_size;
+  }
 
   /// The state before step t of all its rows, or of the first ones; undefined if of none.
   Tensor previous(int64_t t, bool first) const {
     const int64_t continuing = std::min(rows(before(t)), rows(t));
-    const bool has_initial = d_.state.defined() && !backward_;  // hx, for rows that begin here
-    if (first) {
-      const int64_t count = has_initial ? rows(t) : continuing;
-      return d_.state.defined() && count > 0 ? d_.state.narrow(0, 0, count) : Tensor();
-    }
-    const Tensor going_on = at(d_.out, before(t)).narrow(0, 0, continuing);
-    if (continuing == rows(t) || !has_initial) return going_on;
-    return at::cat({going_on, d_.state.narrow(0, continuing, rows(t) - continuing)});
+    const bool has_initial = d_.state.defined() && !args_.backward;  // hx, for rows that begin here
+    const int64_t count = has_initial ? rows(t) : continuing;
+    if (count == 0 || (first && !d_.state.defined())) return Tensor();
+    if (first) return first_rows(d_.state, count);
+    const Tensor going_on = first_rows(previous_output_, continuing);
+    if (continuing == count) return going_on;
+    return at::cat({going_on, d_.state.narrow(0, continuing, count - continuing)});
   }
 
   ///   out_t = f( addend_t + s_{t-1} W_hh^T + b_ih + b_hh ), or ( addend_t + s_{t+1} W_hh ) f'(y_t)
   void step(int64_t t, bool first) {
-    const Tensor s = previous(t, first), out = at(d_.out, t);
-    Tensor product;
-    if (s.defined() && s.size(0) > 0) product = float_product(s, weight_);
-    StepArgs a;
-    a.type = type_of(out);
-    a.activation = activation_;
-    a.backward = backward_;
-    a.rows = out.size(0);
-    a.H = out.size(1);
-    a.product_rows = product.defined() ? product.size(0) : 0;
-    a.product = read_of(product);
-    a.b_ih = read_of(backward_ ? Tensor() : d_.cell.b_ih);
-    a.b_hh = read_of(backward_ ? Tensor() : d_.cell.b_hh);
-    a.grad_h_n = read_of(d_.grad_h_n);
-    if (d_.addend.defined()) {
-      const Tensor addend = at(d_.addend, t);
-      a.addend = addend.const_data_ptr();
-      a.addend_stride = addend.stride(0);
+    const Tensor s = previous(t, first);
+    args_.product_rows = 0;
+    if (s.defined()) {
+      Tensor product = first_rows(product_, s.size(0));
+      float_product_out(product, s, weight_);
+      args_.product_rows = s.size(0);
     }
-    if (d_.y.defined()) {
-      const Tensor y = at(d_.y, t);
-      a.y = y.const_data_ptr();
-      a.y_stride = y.stride(0);
-    }
-    a.out = out.mutable_data_ptr();
-    a.out_stride = out.stride(0);
-    check_launch(step_epilogue(a, current_stream()));
+    args_.rows = rows(t);
+    args_.product = product_.const_data_ptr();
+    args_.addend = row_of(addend_, t, d_.addend.defined() ? d_.addend.itemsize() : 0);
+    args_.y = row_of(y_, t, d_.out.itemsize());
+    args_.out = row_of(out_, t, d_.out.itemsize());
+    check_launch(step_epilogue(args_, current_stream()));
   }
 
   const Layout& layout_;
-  const Activation activation_;
-  const bool backward_;
   const Range range_;
   const DirectionTensors& d_;
-  const Tensor weight_;
+  const Tensor weight_;  // s times it is the product
+  const Sequence addend_, y_, out_;
+  Tensor output_, previous_output_;  // of this step and of the one walked before, [rows, H]
+  Tensor product_;                   // [B, H]
+  StepArgs args_;                    // of every step, but for its pointers
 };
 
 RecurrenceDirection direction_of(const Layout& layout, bool backward, Range range,

@@ -18,11 +18,15 @@ std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const
                                  const Tensor& grad_output, const Tensor& grad_h_n,
                                  const WantedGradients& wanted);
 
+/// Whether there are kernels for this GPU: those of compute capability 8.0 or above.
+bool runs_on(int device);
+
 /// Of the current device.
 Stream current_stream();
 Gpu current_gpu();
 
 /// a b, with sums in float; the result is float, or double for double.
 Tensor float_product(const Tensor& a, const Tensor& b);
+void float_product_out(Tensor& product, const Tensor& a, const Tensor& b);
 
 }  // namespace fastrnn::cuda

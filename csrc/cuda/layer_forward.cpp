@@ -8,16 +8,21 @@ namespace fastrnn::cuda {
 
 namespace {
 
-/// x W_ih^T over a chunk of direction d: in 16 bits a tensor of its own, in float; else written
-/// where the outputs will be.
+/// x W_ih^T over a chunk of direction d: in 16 bits a tensor of its own, in float and in the order
+/// in which x lies in memory; else written where the outputs will be.
 Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out) {
-  if (out.scalar_type() != sum_type(out)) {
-    Tensor product = float_product(as_rows(x), w_ih.t());
-    return out.dim() == 2 ? product : product.view({out.size(0), out.size(1), -1});
+  if (out.scalar_type() == sum_type(out)) {
+    Tensor rows = as_rows(out);
+    at::mm_out(rows, as_rows(x), w_ih.t());
+    return out;
   }
-  Tensor rows = as_rows(out);
-  at::mm_out(rows, as_rows(x), w_ih.t());
-  return out;
+  if (x.dim() == 2) return float_product(x, w_ih.t());
+  const bool batch_major = !x.is_contiguous() && x.transpose(0, 1).is_contiguous() &&
+                           x.size(0) * w_ih.size(0) <= kMaxRowStride;
+  const Tensor ordered = batch_major ? x.transpose(0, 1) : x;
+  const Tensor product = float_product(as_rows(ordered), w_ih.t())
+                             .view({ordered.size(0), ordered.size(1), w_ih.size(0)});
+  return batch_major ? product.transpose(0, 1) : product;
 }
 
 /// As the kernels read it.
@@ -38,12 +43,14 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
   std::vector<Cell> cells;
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
 
-  for (int64_t i = 0; i * plan.chunk_steps < layout.T; ++i) {
+  // Addends that lie where the outputs will be take no memory.
+  const int64_t steps = output.scalar_type() == sum_type(output) ? layout.T : plan.chunk_steps;
+  for (int64_t i = 0; i * steps < layout.T; ++i) {
     std::vector<Range> ranges;
     std::vector<DirectionTensors> directions;
     for (int64_t d = 0; d < D; ++d) {
       const bool descending = d == 1;
-      const Range range = ranges.emplace_back(chunk_of(layout, plan.chunk_steps, i, descending));
+      const Range range = ranges.emplace_back(chunk_of(layout, steps, i, descending));
       DirectionTensors& tensors = directions.emplace_back();
       tensors.cell = cells[d];
       tensors.out = narrow_direction(narrow_steps(layout, output, range), d, H);

@@ -18,6 +18,11 @@ constexpr int64_t kMaxWaves = 8;
 // Below this the product of a step that tier 1 saves does not exist.
 constexpr int64_t kMinSteps = 2;
 
+// Addends or deltas in memory at a time: a part of the sequence's, so that with the kept outputs
+// they stay below what nn.RNN holds, and at most so much. Products are at full speed well below
+// that.
+constexpr int64_t kParts = 4, kChunkBytes = 64 << 20;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_size(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
@@ -48,7 +53,8 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   plan.tier = block ? Tier::kBlock : Tier::kSteps;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
-  plan.chunk_steps = std::clamp<int64_t>(gpu.chunk_bytes / step_bytes, 1, s.T);
+  const int64_t bytes = std::min(kChunkBytes, std::max(gpu.small_bytes, s.T * step_bytes / kParts));
+  plan.chunk_steps = std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
   return plan;
 }
 

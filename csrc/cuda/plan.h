@@ -16,11 +16,11 @@ struct LayerShape {
 };
 
 struct Gpu {
-  int major = 8, minor = 0;  // compute capability
-  int multiprocessors = 108;
-  int64_t shared_bytes = 163 << 10;  // that a block can have
-  // Addends or deltas in memory at a time; large products are at full speed well below that.
-  int64_t chunk_bytes = 64 << 20;
+  int major = 0;  // of the compute capability
+  int multiprocessors = 0;
+  int64_t shared_bytes = 0;  // that a block can have
+  // So much workspace is small change.
+  int64_t small_bytes = 8 << 20;
 };
 
 enum class Tier {

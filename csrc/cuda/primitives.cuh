@@ -157,6 +157,8 @@ inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 }
 #endif
 
+// The instructions are volatile, so that none moves into a branch which not all lanes take.
+
 /// d += a b for a [16, 16] and b [16, 8] that the warp's lanes hold, sums in float. With
 /// g = lane / 4 and q = lane % 4, a lane holds
 ///   a: (g, 2q..2q+1), (g+8, same), (g, 2q+8..2q+9), (g+8, same)
@@ -165,7 +167,8 @@ inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 __device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -177,7 +180,8 @@ __device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
 __device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -2,8 +2,9 @@
 //
 // Registers the CUDA kernels of rnn_forward and rnn_backward, and asks CUDA what
 // the rest of this folder needs to know.
+#include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
@@ -13,17 +14,27 @@ namespace fastrnn {
 
 namespace cuda {
 
+namespace {
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+}  // namespace
+
+bool runs_on(int device) { return attribute_of(device, cudaDevAttrComputeCapabilityMajor) >= 8; }
+
 Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 Gpu current_gpu() {
   const int device = c10::cuda::current_device();
-  const auto attribute = [device](cudaDeviceAttr which) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-  };
-  return {attribute(cudaDevAttrComputeCapabilityMajor),
-          attribute(cudaDevAttrComputeCapabilityMinor), attribute(cudaDevAttrMultiProcessorCount)};
+  Gpu gpu;
+  gpu.major = attribute_of(device, cudaDevAttrComputeCapabilityMajor);
+  gpu.multiprocessors = attribute_of(device, cudaDevAttrMultiProcessorCount);
+  gpu.shared_bytes = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return gpu;
 }
 
 }  // namespace cuda
@@ -36,7 +47,7 @@ ForwardResult rnn_forward_cuda(const Tensor& input, const OptionalTensor& hx,
                                at::TensorList weights, const OptionalTensor& batch_sizes,
                                std::string_view nonlinearity, bool bias, int64_t num_layers,
                                bool bidirectional, bool keep) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(input.device());
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   return forward_layers(kEngine, input, hx, weights, batch_sizes, options, keep);
 }
@@ -47,7 +58,7 @@ BackwardResult rnn_backward_cuda(const OptionalTensor& grad_output, const Option
                                  at::TensorList layer_outputs, std::string_view nonlinearity,
                                  bool bias, int64_t num_layers, bool bidirectional,
                                  c10::List<bool> needs) {
-  const c10::cuda::CUDAGuard guard(input.device());
+  const c10::OptionalDeviceGuard guard(input.device());
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   return backward_layers(kEngine, grad_output, grad_h_n, input, hx, weights, batch_sizes,
                          layer_outputs, options, needs);
