@@ -138,17 +138,19 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
 }
 
 #ifdef FASTRNN_CUDA
-py::dict cuda_plan(int64_t T, int64_t B, int64_t H, int64_t directions, int64_t element_size) {
-  TORCH_CHECK_VALUE(T > 0 && B >= 0 && H >= 0 && (directions == 1 || directions == 2),
-                    "cuda_plan: T must be positive, B and H not negative, directions 1 or 2");
+py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
+                   int64_t element_size) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && (directions == 1 || directions == 2),
+                    "cuda_plan: T must be positive, B, I and H not negative, directions 1 or 2");
   namespace cuda = fastrnn::cuda;
   const cuda::Type type = element_size == 8   ? cuda::Type::kDouble
                           : element_size == 4 ? cuda::Type::kFloat
                                               : cuda::Type::kHalf;
-  const cuda::Plan plan = cuda::plan_layer({T, B, H, directions, type}, cuda::current_gpu());
+  const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, cuda::current_gpu());
   py::dict result;
   result["tier"] = static_cast<int>(plan.tier);
   result["block_rows"] = plan.block_rows;
+  result["fuse_input"] = plan.fuse_input;
   result["chunk_steps"] = plan.chunk_steps;
   return result;
 }
@@ -175,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
         "How one layer of this shape runs on the CPU with the current number of threads.");
 #ifdef FASTRNN_CUDA
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
-        py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
+        py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
         "How one layer of this shape runs on the current GPU.");
 #endif
 }

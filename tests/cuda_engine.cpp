@@ -105,7 +105,8 @@ std::vector<int64_t> plan_on_host(int64_t T, int64_t B, int64_t H, int64_t direc
   gpu.major = static_cast<int>(major);
   gpu.multiprocessors = static_cast<int>(multiprocessors);
   gpu.shared_bytes = shared_bytes;
-  const cuda::Plan plan = cuda::plan_layer({T, B, H, directions, cuda::type_of(dtype)}, gpu);
+  const cuda::Plan plan =
+      cuda::plan_layer({T, B, /*I=*/8, H, directions, cuda::type_of(dtype)}, gpu);
   return {static_cast<int64_t>(plan.tier), plan.block_rows, plan.chunk_steps};
 }
 

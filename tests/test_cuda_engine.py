@@ -66,8 +66,8 @@ def cases():
     work = [(case, sum(case.lengths or [case.T * case.B]) * case.H**2) for case in testing.grid()]
     result = [case for case, multiplications in work if multiplications < 4e6]
     for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 256, 257, 330, 385):
-        for B, bi in ((1, False), (9, True)):
-            result.append(testing.Case(5, B, 3, H, bidirectional=bi, hx=bi))
+        for B, I, bi in ((1, 2, False), (9, 7, True)):
+            result.append(testing.Case(5, B, I, H, bidirectional=bi, hx=bi, batch_first=bi))
     return result + EMPTY
 
 

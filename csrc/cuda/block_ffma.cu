@@ -16,7 +16,7 @@ class FfmaEngine {
   static constexpr int kRows = kBatch, kLanes = 4, kUnits = 2;
   static constexpr int kElements = kBatch <= 2 ? 1 : kBatch / 2;
   static constexpr int kThreads = kHidden / kUnits * kLanes;
-  static constexpr int kDepth = 4;
+  static constexpr int kDepth = kHidden > 128 ? 3 : 4;  // registers are few there
   static constexpr int kStateSize = kRows * kHidden;
   static constexpr size_t kSharedBytes = 2 * kStateSize * sizeof(float);
 

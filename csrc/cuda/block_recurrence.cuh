@@ -61,13 +61,15 @@ struct Walk {
 };
 
 /// One thread's part of a block's walk. An element is one of its sums, of a row and a unit.
-template <class Engine, bool kBackward>
+/// kFeatures: x is given in place of addends, and has so many features at most; else 0.
+template <class Engine, bool kBackward, int kFeatures>
 class BlockRecurrence {
  public:
   __device__ __forceinline__ explicit BlockRecurrence(const RecurrenceArgs& args)
       : args_(args),
         d_(blockIdx.y == 0 ? args.direction[0] : args.direction[1]),
         row0_(static_cast<int64_t>(blockIdx.x) * Engine::kRows),
+        I_(static_cast<int>(args.I)),
         H_(static_cast<int>(args.H)),
         walk_(args.steps, d_, row0_),
         state_(static_cast<Element*>(shared_memory())) {}
@@ -76,6 +78,7 @@ class BlockRecurrence {
     engine_.load_weights(static_cast<const Element*>(d_.w_hh), H_, /*transposed=*/kBackward);
     fill_state();
     load_bias();
+    load_input_weights();
     Inputs inputs[kDepth];
     FASTRNN_UNROLL
     for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
@@ -84,7 +87,7 @@ class BlockRecurrence {
       FASTRNN_UNROLL
       for (int i = 0; i < kDepth; ++i) {
         if (base + i >= walk_.count) break;
-        step(walk_.step(base + i), (kDepth % 2 == 0 ? i : base) % 2, inputs[i]);
+        step(walk_.step(base + i), (kDepth % 2 == 0 ? i : base + i) % 2, inputs[i]);
         load(base + i + kDepth, inputs[i]);
         __syncthreads();
       }
@@ -100,6 +103,7 @@ class BlockRecurrence {
   /// What the thread reads of one step, loaded ahead of it.
   struct Inputs {
     Addend addend[kElements];
+    Element x[kElements][kFeatures + 1];  // one more, for there is no array of none
     Element y[kElements];
   };
 
@@ -118,8 +122,11 @@ class BlockRecurrence {
   }
   /// ... in a sequence, from the block's first row at that step (32 bits do), ...
   __device__ __forceinline__ unsigned sequence_place(const Sequence& s, int e) const {
-    return static_cast<unsigned>(engine_.row(e)) * static_cast<unsigned>(s.row_stride) +
-           static_cast<unsigned>(engine_.unit(e));
+    return row_place(s, e) + static_cast<unsigned>(engine_.unit(e));
+  }
+  /// ... or its row there, ...
+  __device__ __forceinline__ unsigned row_place(const Sequence& s, int e) const {
+    return static_cast<unsigned>(engine_.row(e)) * static_cast<unsigned>(s.row_stride);
   }
   /// ... and in a buffer of s.
   __device__ __forceinline__ int state_place(int e) const {
@@ -150,21 +157,46 @@ class BlockRecurrence {
     }
   }
 
+  __device__ __forceinline__ void load_input_weights() {
+    FASTRNN_UNROLL
+    for (int e = 0; e < kElements; ++e) {
+      const int unit = engine_.unit(e);
+      FASTRNN_UNROLL
+      for (int i = 0; i < kFeatures; ++i)
+        w_ih_[e][i] = engine_.owns(e) && unit < H_ && i < I_
+                          ? to_float(static_cast<const Element*>(d_.w_ih)[unit * I_ + i])
+                          : 0.0f;
+    }
+  }
+
   /// The inputs of the walk's step number i, zero where there are none.
   __device__ __forceinline__ void load(int i, Inputs& in) const {
     if (i >= walk_.count) return;
     const int64_t t = walk_.step(i);
     const int rows = in_this_block(walk_.rows(t));
     const Addend* const addend = walk_.at<const Addend>(d_.addend, t, row0_);
+    const Element* const x = walk_.at<const Element>(d_.x, t, row0_);
     const Element* const y = walk_.at<const Element>(d_.y, t, row0_);
     FASTRNN_UNROLL
     for (int e = 0; e < kElements; ++e) {
       in.addend[e] = Addend{};
       if (kBackward) in.y[e] = Element{};
+      FASTRNN_UNROLL
+      for (int i = 0; i < kFeatures; ++i)
+        in.x[e][i] = engine_.row(e) < rows && i < I_ ? x[row_place(d_.x, e) + i] : Element{};
       if (!is_in(rows, e)) continue;
-      if (d_.addend.data != nullptr) in.addend[e] = addend[sequence_place(d_.addend, e)];
+      if (kFeatures == 0 && d_.addend.data != nullptr)
+        in.addend[e] = addend[sequence_place(d_.addend, e)];
       if (kBackward) in.y[e] = y[sequence_place(d_.y, e)];
     }
+  }
+
+  __device__ __forceinline__ float addend_of(const Inputs& in, int e) const {
+    if (kFeatures == 0) return to_float(in.addend[e]);
+    float sum = 0;
+    FASTRNN_UNROLL
+    for (int i = 0; i < kFeatures; ++i) sum += to_float(in.x[e][i]) * w_ih_[e][i];
+    return sum;
   }
 
   /// Step t: reads s from one buffer, writes it to the other one and to the output.
@@ -184,7 +216,7 @@ class BlockRecurrence {
         after[state_place(e)] = before[state_place(e)];
         continue;
       }
-      float sum = sums[e] + to_float(in.addend[e]) + bias_[e];
+      float sum = sums[e] + addend_of(in, e) + bias_[e];
       if (adds_grad_h_n && !is_in(rows_before, e))
         sum += to_float(static_cast<const Element*>(d_.grad_h_n)[batch_place(e)]);
       const float y = kBackward ? to_float(in.y[e]) : 0.0f;
@@ -207,17 +239,18 @@ class BlockRecurrence {
   const RecurrenceArgs& args_;
   const RecurrenceDirection d_;
   const int64_t row0_;  // the block's first row of the batch
-  const int H_;
+  const int I_, H_;
   const Walk walk_;
   Engine engine_;
   Element* const state_;   // in shared memory: two buffers of s
   float bias_[kElements];  // b_ih + b_hh
+  float w_ih_[kElements][kFeatures + 1];
 };
 
-template <class Engine, bool kBackward>
+template <class Engine, bool kBackward, int kFeatures>
 __global__ void __launch_bounds__(Engine::kThreads, 1)
     block_recurrence(const __grid_constant__ RecurrenceArgs args) {
-  BlockRecurrence<Engine, kBackward>(args).run();
+  BlockRecurrence<Engine, kBackward, kFeatures>(args).run();
 }
 
 template <class Engine>
@@ -227,8 +260,11 @@ const char* run_block_recurrence(const RecurrenceArgs& args, Stream stream) {
   shape.blocks_y = args.directions;
   shape.threads = Engine::kThreads;
   shape.shared_bytes = Engine::kSharedBytes;
-  return args.backward ? launch(block_recurrence<Engine, true>, shape, stream, args)
-                       : launch(block_recurrence<Engine, false>, shape, stream, args);
+  const auto kernel = args.backward ? block_recurrence<Engine, true, 0>
+                      : args.direction[0].x.data == nullptr
+                          ? block_recurrence<Engine, false, 0>
+                          : block_recurrence<Engine, false, kMaxFusedInput>;
+  return launch(kernel, shape, stream, args);
 }
 
 }  // namespace fastrnn::cuda

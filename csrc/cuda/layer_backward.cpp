@@ -56,11 +56,7 @@ class DirectionBackward {
     DirectionTensors t;
     t.cell = cell_;
     t.y = columns(output);
-    if (grad_output.defined()) {
-      t.addend = columns(grad_output);
-      if (t.addend.stride(-1) != 1 || t.addend.stride(-2) > kMaxRowStride)
-        t.addend = t.addend.contiguous();
-    }
+    if (grad_output.defined()) t.addend = addressable(columns(grad_output));
     t.out = at::empty(t.y.sizes(), input_.options());
     t.grad_h_n = grad_h_n_;
     // delta passes from chunk to chunk here, and ends as that of each row's first step.
@@ -165,7 +161,8 @@ std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const
                                  const WantedGradients& wanted) {
   const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
-  const Plan plan = plan_layer({layout.T, layout.B, H, D, type_of(output)}, current_gpu());
+  const Plan plan =
+      plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
   const Tensor first_row = upload_first_row(layout, output);
   // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
   const bool accumulate = D == 2;

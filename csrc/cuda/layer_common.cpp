@@ -148,7 +148,9 @@ RecurrenceDirection direction_of(const Layout& layout, bool backward, Range rang
   if (!backward) {
     r.b_ih = read_of(d.cell.b_ih);
     r.b_hh = read_of(d.cell.b_hh);
+    r.w_ih = read_of(d.cell.w_ih);
   }
+  r.x = sequence_of(layout, d.x, range.begin);
   r.addend = sequence_of(layout, d.addend, range.begin);
   r.y = sequence_of(layout, d.y, range.begin);
   r.state = read_of(d.state);
@@ -175,6 +177,7 @@ void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_
   RecurrenceArgs a;
   a.steps = {layout.T, layout.B,
              first_row.defined() ? first_row.const_data_ptr<int64_t>() : nullptr};
+  a.I = directions[0].cell.w_ih.size(1);
   a.H = directions[0].cell.w_hh.size(0);
   a.type = type_of(directions[0].out);
   a.activation = activation;

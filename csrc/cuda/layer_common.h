@@ -76,6 +76,12 @@ inline Tensor step_of(const Layout& layout, const Tensor& t, int64_t step, int64
   return layout.packed() ? rows : rows[0];
 }
 
+/// `t` as the kernels can address it; itself where it is so already.
+inline Tensor addressable(const Tensor& t) {
+  const bool adjacent = t.stride(-1) == 1 || t.size(-1) == 1;
+  return adjacent && t.stride(-2) <= kMaxRowStride ? t : t.contiguous();
+}
+
 /// `t` holds `steps` from `origin` on; the kernels address it by the steps of the whole sequence.
 inline Sequence sequence_of(const Layout& layout, const Tensor& t, int64_t origin) {
   if (!t.defined()) return {};
@@ -92,10 +98,10 @@ inline Sequence sequence_of(const Layout& layout, const Tensor& t, int64_t origi
 Tensor upload_first_row(const Layout& layout, const Tensor& like);
 
 /// What the recurrence of one direction reads and writes over one chunk: RecurrenceDirection and
-/// its tensors. addend, y, out hold the chunk's steps [.., H].
+/// its tensors. addend, x, y, out hold the chunk's steps [.., H].
 struct DirectionTensors {
   Cell cell;
-  Tensor addend, y, out;
+  Tensor addend, x, y, out;             // forward: addend or x
   Tensor state, grad_h_n, final_state;  // [B, H]
   bool descending;
 };

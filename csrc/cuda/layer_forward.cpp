@@ -28,7 +28,7 @@ Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out) {
 /// As the kernels read it.
 Cell contiguous(const Cell& cell) {
   const auto whole = [](const Tensor& t) { return t.defined() ? t.contiguous() : t; };
-  return {cell.w_ih, cell.w_hh.contiguous(), whole(cell.b_ih), whole(cell.b_hh)};
+  return {cell.w_ih.contiguous(), cell.w_hh.contiguous(), whole(cell.b_ih), whole(cell.b_hh)};
 }
 
 }  // namespace
@@ -37,14 +37,17 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
                    const Tensor& h_n) {
   const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
-  const Plan plan = plan_layer({layout.T, layout.B, H, D, type_of(output)}, current_gpu());
+  const Plan plan =
+      plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
   const Tensor first_row = plan.tier == Tier::kBlock ? upload_first_row(layout, output) : Tensor();
   const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();
   std::vector<Cell> cells;
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
 
-  // Addends that lie where the outputs will be take no memory.
-  const int64_t steps = output.scalar_type() == sum_type(output) ? layout.T : plan.chunk_steps;
+  // Where there are no addends, or they lie where the outputs will be, they take no memory.
+  const bool one_chunk = plan.fuse_input || output.scalar_type() == sum_type(output);
+  const int64_t steps = one_chunk ? layout.T : plan.chunk_steps;
+  const Tensor x = plan.fuse_input ? addressable(layer.input) : layer.input;
   for (int64_t i = 0; i * steps < layout.T; ++i) {
     std::vector<Range> ranges;
     std::vector<DirectionTensors> directions;
@@ -54,8 +57,10 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
       DirectionTensors& tensors = directions.emplace_back();
       tensors.cell = cells[d];
       tensors.out = narrow_direction(narrow_steps(layout, output, range), d, H);
-      tensors.addend =
-          input_product(narrow_steps(layout, layer.input, range), cells[d].w_ih, tensors.out);
+      if (plan.fuse_input)
+        tensors.x = x;
+      else
+        tensors.addend = input_product(narrow_steps(layout, x, range), cells[d].w_ih, tensors.out);
       tensors.final_state = h_n[d];
       // The state passes from chunk to chunk in h_n.
       tensors.state = i > 0 ? tensors.final_state : hx.defined() ? hx[d] : Tensor();

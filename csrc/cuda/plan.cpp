@@ -51,6 +51,7 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   const char* wanted = wanted_tier();
   const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
   plan.tier = block ? Tier::kBlock : Tier::kSteps;
+  plan.fuse_input = block && s.I >= 1 && s.I <= kMaxFusedInput;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
   const int64_t bytes = std::min(kChunkBytes, std::max(gpu.small_bytes, s.T * step_bytes / kParts));

@@ -11,7 +11,7 @@ namespace fastrnn::cuda {
 
 /// One layer of a call.
 struct LayerShape {
-  int64_t T, B, H, directions;
+  int64_t T, B, I, H, directions;
   Type type;
 };
 
@@ -31,6 +31,7 @@ enum class Tier {
 struct Plan {
   Tier tier;
   int block_rows;       // tier 1 in float: rows of the batch in each block
+  bool fuse_input;      // tier 1 forward: x * W_ih^T in the kernel; else one product before
   int64_t chunk_steps;  // steps whose addends, or deltas, are in memory at a time
 };
 

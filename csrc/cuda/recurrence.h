@@ -2,7 +2,8 @@
 //
 // Torch-free contract of the CUDA kernels. As on the CPU, one loop serves forward and backward:
 //
-//   forward    s_t = f( addend_t + b_ih + b_hh + s_{t-1} W_hh^T ),   addend_t = x_t W_ih^T
+//   forward    s_t = f( addend_t + b_ih + b_hh + s_{t-1} W_hh^T ),   addend_t = x_t W_ih^T, made
+//              before, or here where x has few features
 //   backward   s_t = ( addend_t + s_{t+1} W_hh ) f'(y_t),            addend_t = grad_y_t
 //
 // where "t-1" is the step walked before. Pointers are to device memory, strides count elements, the
@@ -42,6 +43,8 @@ struct RecurrenceDirection {
   const void* w_hh = nullptr;
   const void *b_ih = nullptr, *b_hh = nullptr;  // [H], forward only; null: no bias
   Sequence addend;                 // float in forward, else of the type; null: zeros. May be `out`.
+  Sequence x;                      // forward only: [T, B, I] in place of addend; null: absent
+  const void* w_ih = nullptr;      // [H, I], contiguous; read only with x
   Sequence y;                      // backward only: the layer's outputs
   const void* state = nullptr;     // s before the first walked step; null: zeros
   const void* grad_h_n = nullptr;  // backward only: added at the first walked step of each row
@@ -54,7 +57,7 @@ struct RecurrenceDirection {
 /// A layer's recurrence over some steps; its directions run at the same time.
 struct RecurrenceArgs {
   Steps steps;
-  int64_t H = 0;
+  int64_t I = 0, H = 0;
   Type type = Type::kFloat;  // of all that is not said to be float
   Activation activation = Activation::kTanh;
   bool backward = false;
@@ -66,6 +69,8 @@ struct RecurrenceArgs {
 /// the batch. In 16 bits on tensor cores, with float accumulation, for H <= kMaxMmaHidden; in float
 /// for H <= kMaxFfmaHidden, where `rows` of the batch go to each block (1, 2 or 4).
 constexpr int64_t kMaxMmaHidden = 384, kMaxFfmaHidden = 192;
+/// Features of x that tier 1 multiplies itself.
+constexpr int kMaxFusedInput = 2;
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
 /// Shared memory of each block, which the GPU must have.
 int64_t mma_shared_bytes(int64_t H);
