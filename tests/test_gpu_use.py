@@ -259,3 +259,14 @@ def test_the_end_of_a_tensor_that_32_bits_cannot_index_is_that_of_a_slice(mode, 
     for ours, right in zip(*pieces, strict=True):
         error = testing.relative_error(ours.double(), right.double())
         assert error < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_the_plan_knows_what_this_gpu_has():
+    facts = torch.cuda.get_device_properties(DEVICE)
+    room = facts.shared_memory_per_block_optin
+    tiers = {
+        H: fastrnn._C.cuda_plan(512, 16, 8, H, element_size=2)["tier"] for H in (256, 320, 384)
+    }
+    assert tiers == {256: 1, 320: int(room >= 125 << 10), 384: int(room >= 185 << 10)}
+    plan = fastrnn._C.cuda_plan(512, facts.multi_processor_count + 1, 8, 64)
+    assert (plan["tier"], plan["block_rows"]) == (1, 2)
