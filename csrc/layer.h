@@ -4,6 +4,7 @@
 // through the layers of a call.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
@@ -63,6 +64,37 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
                                const OptionalTensor& hx, at::TensorList weights,
                                const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
                                const RnnOptions& options, const c10::List<bool>& needs);
+
+/// The type a layer of `type` computes in: 16 bits add up in float32.
+inline at::ScalarType compute_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// Steps [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
+/// Part number i of `whole`, of `size` steps or what is left, counted in the order of the walk.
+inline Range part_of(Range whole, int64_t size, int64_t i, bool descending) {
+  if (descending) return {std::max(whole.begin, whole.end - (i + 1) * size), whole.end - i * size};
+  return {whole.begin + i * size, std::min(whole.end, whole.begin + (i + 1) * size)};
+}
+
+inline int64_t parts_in(Range whole, int64_t size) {
+  return (whole.end - whole.begin + size - 1) / size;
+}
+
+/// The steps `range` of a padded [T, B, N] or packed [N, ...] tensor whose first step is `origin`,
+/// as a view.
+inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
+  if (range.begin == 0 && range.end == layout.T) return t;  // a view costs more than a small layer
+  const auto position = [&](int64_t step) {
+    return layout.packed() ? layout.first_row[step] : step;
+  };
+  return t.narrow(0, position(range.begin) - position(origin),
+                  position(range.end) - position(range.begin));
+}
 
 /// The columns of direction d in a tensor whose last dimension is D * H, as a view.
 inline Tensor narrow_direction(const Tensor& t, int64_t d, int64_t H) {

@@ -18,11 +18,6 @@
 
 namespace fastrnn::cpu {
 
-/// The type a layer computes in: 16-bit tensors are converted, chunk by chunk, to float32.
-inline at::ScalarType compute_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   const at::ScalarType given = layer.input.scalar_type(), type = compute_type(given);
   LayerShape s;
@@ -42,11 +37,6 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
 
 inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-/// Steps [begin, end).
-struct Range {
-  int64_t begin, end;
-};
-
 /// The recurrence's view of steps [begin, end).
 inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool descending,
                       int64_t carry_rows) {
@@ -59,27 +49,6 @@ inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool des
   s.first_row = layout.packed() ? layout.first_row.data() : nullptr;
   s.carry_rows = carry_rows;
   return s;
-}
-
-/// Part number i of `whole`, of `size` steps or what is left, counted in the order of the walk.
-inline Range part_of(Range whole, int64_t size, int64_t i, bool descending) {
-  if (descending) return {std::max(whole.begin, whole.end - (i + 1) * size), whole.end - i * size};
-  return {whole.begin + i * size, std::min(whole.end, whole.begin + (i + 1) * size)};
-}
-
-inline int64_t parts_in(Range whole, int64_t size) {
-  return (whole.end - whole.begin + size - 1) / size;
-}
-
-/// The steps `range` of a padded [T, B, N] or packed [N, ...] tensor whose first step is `origin`,
-/// as a view.
-inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
-  if (range.begin == 0 && range.end == layout.T) return t;  // a view costs more than a small layer
-  const auto position = [&](int64_t step) {
-    return layout.packed() ? layout.first_row[step] : step;
-  };
-  return t.narrow(0, position(range.begin) - position(origin),
-                  position(range.end) - position(range.begin));
 }
 
 /// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points

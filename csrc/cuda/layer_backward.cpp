@@ -75,7 +75,7 @@ class DirectionBackward {
       add(sums_.w_ih, float_product(delta_t, as_rows(narrow_steps(layout_, input_, range))));
     if (wanted_[1]) add_recurrent_gradient(range, rows, output);
     if (wanted_[2] || wanted_[3])
-      add(sums_.b_ih, at::sum(rows, {0}, /*keepdim=*/false, sum_type(rows)));
+      add(sums_.b_ih, at::sum(rows, {0}, /*keepdim=*/false, compute_type(rows.scalar_type())));
     if (!grad_input.defined()) return;
     Tensor target = as_rows(narrow_steps(layout_, grad_input, range));
     if (accumulate)
@@ -151,7 +151,7 @@ class DirectionBackward {
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
   Tensor hx_, grad_h_n_, last_delta_;  // [B, H] or undefined
-  Cell sums_;                          // of sum_type; b_hh is not used
+  Cell sums_;                          // of compute_type; b_hh is not used
 };
 
 }  // namespace
@@ -171,11 +171,12 @@ std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const
   walks.reserve(D);
   for (int64_t d = 0; d < D; ++d)
     walks.emplace_back(layout, layer, d, first_row, grad_h_n, wanted, plan.chunk_steps < layout.T);
-  for (int64_t i = 0; i * plan.chunk_steps < layout.T; ++i) {
+  for (int64_t i = 0; i < parts_in({0, layout.T}, plan.chunk_steps); ++i) {
     std::vector<Range> ranges;
     std::vector<DirectionTensors> directions;
     for (const DirectionBackward& walk : walks) {
-      const Range range = chunk_of(layout, plan.chunk_steps, i, /*descending=*/!walk.reverse());
+      const Range range =
+          part_of({0, layout.T}, plan.chunk_steps, i, /*descending=*/!walk.reverse());
       ranges.push_back(range);
       directions.push_back(walk.tensors(range, /*first=*/i == 0, output, grad_output));
     }

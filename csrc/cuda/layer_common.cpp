@@ -8,7 +8,8 @@
 namespace fastrnn::cuda {
 
 Tensor float_product(const Tensor& a, const Tensor& b) {
-  Tensor product = at::empty({a.size(0), b.size(1)}, a.options().dtype(sum_type(a)));
+  Tensor product =
+      at::empty({a.size(0), b.size(1)}, a.options().dtype(compute_type(a.scalar_type())));
   float_product_out(product, a, b);
   return product;
 }
@@ -60,7 +61,8 @@ class StepWalk {
     args_.addend_stride = addend_.row_stride;
     args_.y_stride = y_.row_stride;
     args_.out_stride = out_.row_stride;
-    product_ = at::empty({layout.B, args_.H}, d.out.options().dtype(sum_type(d.out)));
+    product_ =
+        at::empty({layout.B, args_.H}, d.out.options().dtype(compute_type(d.out.scalar_type())));
   }
 
   void run() {

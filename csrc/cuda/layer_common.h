@@ -6,7 +6,6 @@
 
 #include <ATen/Context.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "layer_cuda.h"
@@ -32,11 +31,6 @@ inline Type type_of(at::ScalarType type) {
 
 inline Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
-/// The type of sums: addends in forward, products, gradients of weights until they are complete.
-inline at::ScalarType sum_type(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 inline const void* read_of(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
@@ -53,24 +47,7 @@ class Precision {
   std::optional<at::NoTF32Guard> no_tf32_;
 };
 
-/// Steps [begin, end) of a call.
-struct Range {
-  int64_t begin, end;
-};
-
-/// Chunk number i, in the order of the walk.
-inline Range chunk_of(const Layout& layout, int64_t steps, int64_t i, bool descending) {
-  if (descending) return {std::max<int64_t>(0, layout.T - (i + 1) * steps), layout.T - i * steps};
-  return {i * steps, std::min(layout.T, (i + 1) * steps)};
-}
-
-/// The steps `range` of a padded [T, B, N] or packed [N, ..] tensor that begins at step `origin`.
-inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
-  const auto place = [&](int64_t step) { return layout.packed() ? layout.first_row[step] : step; };
-  return t.narrow(0, place(range.begin) - place(origin), place(range.end) - place(range.begin));
-}
-
-/// The rows of step t in such a tensor, as a matrix.
+/// The rows of step t in a tensor that begins at step `origin`, as a matrix.
 inline Tensor step_of(const Layout& layout, const Tensor& t, int64_t step, int64_t origin) {
   const Tensor rows = narrow_steps(layout, t, {step, step + 1}, origin);
   return layout.packed() ? rows : rows[0];

@@ -11,7 +11,7 @@ namespace {
 /// x W_ih^T over a chunk of direction d: in 16 bits a tensor of its own, in float and in the order
 /// in which x lies in memory; else written where the outputs will be.
 Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out) {
-  if (out.scalar_type() == sum_type(out)) {
+  if (out.scalar_type() == compute_type(out.scalar_type())) {
     Tensor rows = as_rows(out);
     at::mm_out(rows, as_rows(x), w_ih.t());
     return out;
@@ -45,15 +45,16 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
 
   // Where there are no addends, or they lie where the outputs will be, they take no memory.
-  const bool one_chunk = plan.fuse_input || output.scalar_type() == sum_type(output);
+  const bool one_chunk =
+      plan.fuse_input || output.scalar_type() == compute_type(output.scalar_type());
   const int64_t steps = one_chunk ? layout.T : plan.chunk_steps;
   const Tensor x = plan.fuse_input ? addressable(layer.input) : layer.input;
-  for (int64_t i = 0; i * steps < layout.T; ++i) {
+  for (int64_t i = 0; i < parts_in({0, layout.T}, steps); ++i) {
     std::vector<Range> ranges;
     std::vector<DirectionTensors> directions;
     for (int64_t d = 0; d < D; ++d) {
       const bool descending = d == 1;
-      const Range range = ranges.emplace_back(chunk_of(layout, steps, i, descending));
+      const Range range = ranges.emplace_back(part_of({0, layout.T}, steps, i, descending));
       DirectionTensors& tensors = directions.emplace_back();
       tensors.cell = cells[d];
       tensors.out = narrow_direction(narrow_steps(layout, output, range), d, H);
