@@ -131,6 +131,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["own_outer_product"] = plan.own_outer_product;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;
+  result["column_blocks"] = plan.column_blocks;
   result["backward_steps"] = plan.backward_steps;
   result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;

@@ -122,47 +122,49 @@ class Panels {
   Tensor large_;
 };
 
-/// Calls body(direction, row_begin, row_end) for every direction and part of the batch, side by
-/// side. Parts get equal numbers of rows x steps, so that long packed sequences share evenly.
-template <typename Body>
-void for_each_part(const Layout& layout, const Plan& plan, int64_t directions, const Body& body) {
+/// The parts of the batch, as row bounds: equal numbers of rows x steps in each, so that long packed
+/// sequences share evenly.
+inline std::vector<int64_t> row_bounds(const Layout& layout, int64_t row_blocks) {
   std::vector<int64_t> bounds{0};
-  if (layout.packed() && plan.row_blocks > 1) {
+  if (layout.packed() && row_blocks > 1) {
     int64_t t = layout.T, done = 0;
     for (int64_t b = 0; b < layout.B; ++b) {
       while (layout.batch_sizes[t - 1] <= b) --t;  // t: length of sequence b
       done += t;
       const int64_t next = static_cast<int64_t>(bounds.size());
-      if (next < plan.row_blocks && done * plan.row_blocks >= next * layout.total_rows)
+      if (next < row_blocks && done * row_blocks >= next * layout.total_rows)
         bounds.push_back(b + 1);
     }
   } else {
-    for (int64_t i = 1; i < plan.row_blocks; ++i) bounds.push_back(layout.B * i / plan.row_blocks);
+    for (int64_t i = 1; i < row_blocks; ++i) bounds.push_back(layout.B * i / row_blocks);
   }
   bounds.push_back(layout.B);
-  const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1;
-  const int64_t parts = blocks * directions;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      body(i / blocks, bounds[i % blocks], bounds[i % blocks + 1]);
-  };
-  if (parts == 1 || available_threads() == 1 || !plan.parallel)
-    run(0, parts);
-  else
-    at::parallel_for(0, parts, 1, run);
+  return bounds;
 }
 
-/// Runs a kernel on every part of the batch, of all `directions` side by side.
+/// Runs a kernel on every part of the batch, of all `directions` side by side, each by a thread or
+/// by a team of threads.
 template <typename Args>
 void run_parts(const Layout& layout, const Plan& plan, const std::vector<Args>& directions,
                void (*kernel)(const Args&)) {
-  const int64_t D = static_cast<int64_t>(directions.size());
-  for_each_part(layout, plan, D, [&](int64_t d, int64_t row_begin, int64_t row_end) {
-    Args part = directions[d];
-    part.row_begin = row_begin;
-    part.row_end = row_end;
-    kernel(part);
-  });
+  const std::vector<int64_t> bounds = row_bounds(layout, plan.row_blocks);
+  const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1, team = plan.column_blocks;
+  const int64_t walks = blocks * static_cast<int64_t>(directions.size());
+  std::vector<Slab> slabs(team > 1 ? walks * team : 0);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t walk = i / team;
+      Args part = directions[walk / blocks];
+      part.row_begin = bounds[walk % blocks];
+      part.row_end = bounds[walk % blocks + 1];
+      if (team > 1) part.team = {slabs.data() + walk * team, team, i % team};
+      kernel(part);
+    }
+  };
+  if (walks * team == 1 || available_threads() == 1 || !plan.parallel)
+    run(0, walks * team);
+  else
+    at::parallel_for(0, walks * team, 1, run);
 }
 
 }  // namespace fastrnn::cpu

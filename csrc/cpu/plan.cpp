@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "recurrence.h"
+
 namespace fastrnn::cpu {
 
 namespace {
@@ -14,6 +16,9 @@ namespace {
 constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32;
 // A part of the batch smaller than this leaves the register tiles half empty.
 constexpr int64_t kRowsPerBlock = 8;
+// Multiply-adds of a step and columns of a thread from which handing the state over in each step
+// costs less than a second thread brings.
+constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
 // Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
 // the first-level cache.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
@@ -53,14 +58,18 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
   plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
 
+  const int64_t mean_rows = std::max<int64_t>(1, divide_up(s.total_rows, s.T));
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
   plan.row_blocks =
       std::clamp<int64_t>(std::min(useful_threads / together, s.B / kRowsPerBlock), 1, threads);
-  plan.parallel = useful_threads > 1;
+  plan.column_blocks = 1;
+  if (!plan.step_products && mean_rows / plan.row_blocks * s.H * s.H >= kWorkToShare)
+    plan.column_blocks = std::clamp<int64_t>(
+        std::min(threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1, kMaxTeam);
+  plan.parallel = useful_threads > 1 || plan.column_blocks > 1;
 
-  const int64_t mean_rows = std::max<int64_t>(1, divide_up(s.total_rows, s.T));
   const int64_t step_bytes = std::max<int64_t>(1, mean_rows * s.H * s.element_size);
   const auto steps_in = [&](int64_t bytes) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);

@@ -25,6 +25,7 @@ struct Plan {
   bool converts;       // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;       // parts run at the same time; else one after the other
   int64_t row_blocks;  // parts of the batch, each walks through time without hand-over
+  int64_t column_blocks;  // threads that share each of those parts' steps, a part of H each
   bool own_outer_product;  // weight gradients by our kernel; else by ATen's matrix product
   int64_t backward_steps;  // steps per chunk of the backward workspace
   bool packs_once;         // backward's chunks after the first use step_products

@@ -9,7 +9,11 @@
 // compiled for a wide instruction set can never leak into functions shared with other files.
 #pragma once
 
+// sched.h and utility serve recurrence.inl, which must not include anything for its target.
+#include <sched.h>
+
 #include <cstdint>
+#include <utility>
 
 #include "../activation.h"
 
@@ -47,6 +51,22 @@ struct Steps {
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
+/// Some of a step's columns, which several threads share where there are too few rows for each to
+/// have its own: one slab for each thread, in a cache line of its own. Walks count in rounds, the
+/// same in every thread: one for each call of their body.
+struct alignas(64) Slab {
+  int64_t claimed = 0;  // rounds that a thread has begun to compute
+  int64_t done = 0;     // rounds whose results are in memory
+};
+
+constexpr int64_t kMaxTeam = 64;
+/// One thread's place among those that share the steps of a walk; no slabs: it walks alone.
+struct Team {
+  Slab* slabs = nullptr;  // [size], zero before the walk
+  int64_t size = 1;       // at most kMaxTeam
+  int64_t home = 0;  // the slab that this thread computes, as long as it is on time
+};
+
 /// Forward of one layer and direction for rows [row_begin, row_end):
 ///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
 /// Weights are given either as panels, made by `pack`, or as they are: packing pays only where many
@@ -55,6 +75,7 @@ struct Steps {
 template <typename T>
 struct ForwardArgs {
   Steps steps;
+  Team team;
   int64_t row_begin = 0, row_end = 0;
   int64_t I = 0, H = 0;
   Activation activation = Activation::kTanh;
@@ -74,6 +95,7 @@ struct ForwardArgs {
 template <typename T>
 struct BackwardArgs {
   Steps steps;
+  Team team;
   int64_t row_begin = 0, row_end = 0;
   int64_t H = 0;
   Activation activation = Activation::kTanh;
@@ -105,7 +127,7 @@ struct WeightGradientArgs {
 };
 
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
-/// disjoint rows.
+/// disjoint rows, or as a team on the same rows.
 template <typename T>
 struct Kernels {
   /// Elements that `pack` writes for a [K, N] matrix, and N rounded up to whole vectors.

@@ -15,15 +15,35 @@
 #include "vectors.inl"
 #include "activations.inl"
 #include "step.inl"
+#include "team.inl"
 #include "walk.inl"
 #include "weight_gradients.inl"
 // clang-format on
 
 namespace {
 
+/// One step over packed weights, alone or in a team.
+template <typename T, typename Epilogue>
+FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool backwards) {
+  const int64_t panels = (s.N + kPanel<T> - 1) / kPanel<T>;
+  rounds.next([&](int64_t i, int64_t n) {
+    run_panels<T, Epilogue>(s, panels * i / n, panels * (i + 1) / n, backwards);
+  });
+}
+
+/// The same over weights as they are.
+template <typename T, typename Act>
+FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool backwards) {
+  const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
+  rounds.next([&](int64_t i, int64_t n) {
+    run_unpacked<T, Act>(s, vectors * i / n, vectors * (i + 1) / n, backwards);
+  });
+}
+
 template <typename T, typename Act>
 void forward_loop(const ForwardArgs<T>& a) {
   const bool fused = a.x.data != nullptr, unpacked = a.w_hh.data != nullptr;
+  Rounds rounds(a.team);
   walk<T>(a.steps, a.row_begin, a.row_end, a.carry, a.y,
           [&](int64_t t, int64_t first, int64_t last, Matrix<const T> previous) {
             Step<T> s = {};
@@ -44,14 +64,15 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.s_panels = a.w_hh_panels;
             s.w_s = a.w_hh;
             if (unpacked)
-              run_step_unpacked<T, Act>(s, t & 1);
+              run_step_unpacked<T, Act>(s, rounds, t & 1);
             else
-              run_step<T, ForwardEpilogue<Act>>(s, t & 1);
+              run_step<T, ForwardEpilogue<Act>>(s, rounds, t & 1);
           });
 }
 
 template <typename T, typename Act>
 void backward_loop(const BackwardArgs<T>& a) {
+  Rounds rounds(a.team);
   walk<T>(a.steps, a.row_begin, a.row_end, a.carry, a.delta,
           [&](int64_t t, int64_t first, int64_t last, Matrix<const T> previous) {
             Step<T> s = {};
@@ -67,7 +88,7 @@ void backward_loop(const BackwardArgs<T>& a) {
             }
             s.h = rows_of(a.y, a.steps, t, first);
             s.out = rows_of(a.delta, a.steps, t, first);
-            run_step<T, BackwardEpilogue<Act>>(s, t & 1);
+            run_step<T, BackwardEpilogue<Act>>(s, rounds, t & 1);
           });
 }
 

@@ -163,76 +163,65 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   }
 }
 
-/// The sum of a vector's lanes, by halves.
-template <typename T, int Bytes>
-struct Reduction {
-  typedef T Whole __attribute__((vector_size(Bytes)));
-  typedef T Half __attribute__((vector_size(Bytes / 2)));
-  static FASTRNN_INLINE T sum(Whole v) {
-    Half parts[2];
-    __builtin_memcpy(parts, &v, Bytes);
-    if constexpr (Bytes == 4 * sizeof(T))
-      return (parts[0][0] + parts[1][0]) + (parts[0][1] + parts[1][1]);
-    else if constexpr (Bytes == 2 * sizeof(T))
-      return v[0] + v[1];
-    else
-      return Reduction<T, Bytes / 2>::sum(parts[0] + parts[1]);
+/// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number of
+/// vectors in each round: where bit kSpan of a lane is clear the result goes on with acc[i], where
+/// it is set with acc[i + kSpan], each as the sum of two lanes.
+template <typename T, int kSpan>
+struct LaneSums {
+  template <size_t... kLane>
+  static FASTRNN_INLINE Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
+    constexpr int kCount = static_cast<int>(kLanes<T>);
+    return __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane - kSpan : kLane)...) +
+           __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane : kLane + kSpan)...);
+  }
+  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSpan; ++i)
+      acc[i] = merge(acc[i], acc[i + kSpan], std::make_index_sequence<kLanes<T>>());
+    return LaneSums<T, kSpan / 2>::of(acc);
   }
 };
-
-/// Rows of a weight that share each load of the vector they are multiplied with.
-constexpr int kDotRows = 4;
-
-/// acc[i] += a * w[i] over K columns, lane by lane, for kDotRows rows of w.
 template <typename T>
-FASTRNN_INLINE void dot_rows(Vec<T> (&acc)[kDotRows], const T* a, const T* const (&w)[kDotRows],
-                             int64_t K) {
+struct LaneSums<T, 0> {
+  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) { return acc[0]; }
+};
+
+/// acc[j] += a * w[j] over K columns, lane by lane, for as many rows j of w as a vector has lanes.
+template <typename T>
+FASTRNN_INLINE void add_dot_products(Vec<T> (&acc)[kLanes<T>], const T* a, Matrix<const T> w,
+                                     int64_t count, int64_t K) {
+  const T* rows[kLanes<T>];
+  // Past the last row the last one is read again, and its sum not stored.
+  for (int j = 0; j < kLanes<T>; ++j) rows[j] = w.data + (j < count ? j : count - 1) * w.row_stride;
   const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
   for (int64_t k = 0; k < whole; k += kLanes<T>) {
     const Vec<T> b = load<T>(a + k);
-#pragma GCC unroll 8
-    for (int r = 0; r < kDotRows; ++r) acc[r] += b * load<T>(w[r] + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes<T>; ++j) acc[j] += b * load<T>(rows[j] + k);
   }
   if (tail == 0) return;
   const Vec<T> b = load_tail<T>(a + whole, tail);
-#pragma GCC unroll 8
-  for (int r = 0; r < kDotRows; ++r) acc[r] += b * load_tail<T>(w[r] + whole, tail);
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<T>; ++j) acc[j] += b * load_tail<T>(rows[j] + whole, tail);
 }
 
-/// sums[i] = x w_x[i] + s w_s[i] for `count` rows i of the weights from `column` on, as they are:
-/// for calls that have too few rows to pay for packing.
-template <typename T>
-FASTRNN_INLINE void dot_products(T* sums, const Step<T>& s, int64_t row, int64_t column,
-                                 int64_t count) {
-  for (int64_t i = 0; i < count; i += kDotRows) {
-    Vec<T> acc[kDotRows] = {};
-    const auto add = [&](Matrix<const T> a, Matrix<const T> w, int64_t K) {
-      if (K == 0) return;
-      const T* rows[kDotRows];
-      // Past the last row the last one is read again, and its sum dropped.
-      for (int r = 0; r < kDotRows; ++r)
-        rows[r] = w.data + (column + (i + r < count ? i + r : count - 1)) * w.row_stride;
-      dot_rows<T>(acc, a.data + row * a.row_stride, rows, K);
-    };
-    add(s.x, s.w_x, s.I);
-    add(s.s, s.w_s, s.K);
-    for (int r = 0; r < kDotRows && i + r < count; ++r)
-      sums[i + r] = Reduction<T, FASTRNN_VECTOR_BYTES>::sum(acc[r]);
-  }
-}
-
-/// One step, one vector of columns after another, with weights as they are.
+/// Vectors [begin, end) of a step's columns, with weights as they are: for calls that have too few
+/// rows to pay for packing.
 template <typename T, typename Act>
-void run_step_unpacked(const Step<T>& s, bool backwards) {
-  const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
-  for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t column = (backwards ? vectors - 1 - i : i) * kLanes<T>;
+void run_unpacked(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = (backwards ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
     const int64_t tail = width % kLanes<T>;
     for (int64_t row = 0; row < s.rows; ++row) {
-      T sums[kLanes<T>] = {};
-      dot_products<T>(sums, s, row, column, width);
-      Vec<T> acc[1][1] = {{load<T>(sums)}};
+      Vec<T> products[kLanes<T>] = {};
+      if (s.I != 0)
+        add_dot_products<T>(products, s.x.data + row * s.x.row_stride, from_row(s.w_x, column),
+                            width, s.I);
+      if (s.K != 0)
+        add_dot_products<T>(products, s.s.data + row * s.s.row_stride, from_row(s.w_s, column),
+                            width, s.K);
+      Vec<T> acc[1][1] = {{LaneSums<T, kLanes<T> / 2>::of(products)}};
       if (s.bias != nullptr) acc[0][0] += load<T>(s.bias + column);
       add_rows<T, 1, 1>(acc, s.addend, row, column, tail);
       const Vec<T> value = Act::template value<T>(acc[0][0]);
@@ -257,13 +246,12 @@ void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
   if (row < s.rows) tile<T, Epilogue, 1, V>(s, row, column, tail);
 }
 
-/// One step, panel by panel. Odd steps walk the panels backwards: what the last step left in the
-/// cache is used first.
+/// Panels [begin, end) of a step's columns. Odd steps walk the panels backwards: what the last step
+/// left in the cache is used first.
 template <typename T, typename Epilogue>
-void run_step(const Step<T>& s, bool backwards) {
-  const int64_t panels = (s.N + kPanel<T> - 1) / kPanel<T>;
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t column = (backwards ? panels - 1 - i : i) * kPanel<T>;
+void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = (backwards ? begin + end - 1 - i : i) * kPanel<T>;
     const int64_t width = s.N - column < kPanel<T> ? s.N - column : kPanel<T>;
     const int64_t vectors = (width + kLanes<T> - 1) / kLanes<T>;
     const int64_t tail = width % kLanes<T>;

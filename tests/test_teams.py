@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads that share the columns of each step: a team, where there are too few rows to split.
+
+More threads than this machine has cores make members of a team late, again and again.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import _C, testing
+from fastrnn.testing import Case
+
+# Weights packed and not, one row and several, x in the step and before, tails, several panels for
+# few threads and fewer panels than threads.
+CASES = [
+    Case(40, 1, 3, 192),
+    Case(30, 1, 2, 200, hx=True),
+    Case(25, 1, 40, 261, nonlinearity="relu"),
+    Case(12, 2, 5, 301, bidirectional=True, hx=True),
+    Case(20, 3, 3, 150, num_layers=2, batch_first=True),
+    Case(9, 5, 7, 330, bidirectional=True, num_layers=2, nonlinearity="relu"),
+    Case(1, 3, 3, 256),
+    Case(0, 0, 3, 200, lengths=(19, 3, 11), hx=True),
+    Case(0, 0, 9, 270, lengths=(2, 14, 9, 1), bidirectional=True),
+]
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def team_of(case, dtype):
+    T, B = (max(case.lengths), 1) if case.lengths else (case.T, case.B)
+    D = 1 + case.bidirectional
+    return _C.cpu_plan(T, B, case.I, case.H, D, dtype.itemsize)["column_blocks"]
+
+
+def test_a_batch_too_small_to_split_is_shared_by_columns():
+    with threads(1):
+        assert team_of(Case(100, 1, 3, 512), torch.float32) == 1
+    with threads(2):
+        assert team_of(Case(100, 1, 3, 512), torch.float32) == 2
+        # Two directions are two walks already.
+        assert team_of(Case(100, 1, 3, 512, bidirectional=True), torch.float32) == 1
+        # A hand-over would cost more than half of the step.
+        assert team_of(Case(100, 1, 3, 64), torch.float32) == 1
+        # Enough rows for each thread: no hand-over at all.
+        assert team_of(Case(100, 64, 3, 512), torch.float32) == 1
+    with threads(4):
+        assert team_of(Case(100, 1, 3, 512, bidirectional=True), torch.float32) == 2
+        assert team_of(Case(100, 1, 3, 192), torch.float32) == 3  # one panel of columns each
+    with threads(1000):
+        assert 2 <= team_of(Case(10, 1, 3, 10000), torch.float32) <= 64
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_and_gradients_of_a_team_are_right(case, dtype, count):
+    if case.nonlinearity == "relu" and dtype.itemsize == 2:
+        dtype = torch.float16  # its rounding moves fewer states across relu's kink: see below
+    with threads(count):
+        if count == 8:
+            assert team_of(case, dtype) > 1
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
+    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
+    if case.nonlinearity == "relu" and dtype.itemsize == 2:
+        # A state on the other side of relu's kink changes a gradient by all of it.
+        ours = {name: ours[name] for name in ("output", "h_n")}
+        theirs = {name: theirs[name] for name in ours}
+    testing.assert_as_accurate(ours, theirs, exact, dtype)
+
+
+OWN_PRODUCTS = [case for case in CASES if case.I < 8 and case.num_layers == 1]
+
+
+@pytest.mark.parametrize("case", OWN_PRODUCTS, ids=str)
+def test_a_team_computes_the_same_bits_as_one_thread(case):
+    """Whoever computes a column, its sum has the same order. (PyTorch's products may differ.)"""
+    module = case.module(fastrnn.RNN, torch.float32)
+    with threads(1):
+        alone = outputs(module, case)
+    for count in (2, 3, 5, 8):
+        for _ in range(20):
+            with threads(count):
+                together = outputs(module, case)
+            assert all(map(torch.equal, alone, together))
+
+
+def outputs(module, case):
+    inputs, hx = case.arguments(torch.float32)
+    if case.lengths:
+        packed = torch.nn.utils.rnn.pack_sequence(inputs, enforce_sorted=False)
+        output, h_n = module(packed, hx)
+        return output.data, h_n
+    return module(inputs[0], hx)
+
+
+def spin():
+    while True:
+        pass
+
+
+def test_a_team_on_busy_cores_computes_the_same_bits():
+    """Members lose their cores in the middle of a step."""
+    case = Case(3000, 1, 2, 256)
+    module = case.module(fastrnn.RNN, torch.float32)
+    with threads(1):
+        alone = outputs(module, case)
+    burners = [
+        multiprocessing.get_context("spawn").Process(target=spin, daemon=True)
+        for _ in range(os.cpu_count() or 1)
+    ]
+    for burner in burners:
+        burner.start()
+    try:
+        with threads(2):
+            for _ in range(3):
+                assert all(map(torch.equal, alone, outputs(module, case)))
+    finally:
+        for burner in burners:
+            burner.kill()
+
+
+ALONE = """
+import sys, torch, fastrnn
+from fastrnn import _C
+torch.set_num_threads(4)
+assert _C.cpu_plan(30, 1, 3, 256)["column_blocks"] == 4
+module = fastrnn.RNN(3, 256)
+x = torch.randn(30, 1, 3)
+together = module(x)
+sum(y.sum() for y in together).backward()
+torch.set_num_threads(1)
+assert all(map(torch.equal, module(x), together))
+print("right")
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_team_of_which_not_all_come_computes_the_rest(limit):
+    """The OpenMP runtime may give fewer threads than torch.get_num_threads() says."""
+    paths = [str(Path(fastrnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "OMP_THREAD_LIMIT": str(limit),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert process.stdout == "right\n", process.stderr
