@@ -128,6 +128,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["fuse_input"] = plan.fuse_input;
   result["step_products"] = plan.step_products;
   result["pack_weights"] = plan.pack_weights;
+  result["pack_input_weights"] = plan.pack_input_weights;
   result["own_outer_product"] = plan.own_outer_product;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;

@@ -86,17 +86,19 @@ class Panels {
 
   /// Of weight^T ([N, K] read as [K, N]) or, with `transposed` false, of the weight itself.
   Panels(const Tensor& weight, bool transposed) {
-    const Tensor w = transposed ? weight.t() : weight;
-    const int64_t K = w.size(0), N = w.size(1);
+    // By sizes and strides: a transposed view costs more than a small layer.
+    const int64_t k_dim = transposed ? 1 : 0, n_dim = 1 - k_dim;
+    const int64_t K = weight.size(k_dim), N = weight.size(n_dim);
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-    T* panels = allocate(kernels<T>().packed_size(K, N), w.options().dtype(type));
+    T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
     // A 16-bit weight is converted a slice at a time; the slices hold whole panels.
     constexpr int64_t kSlice = 256;
-    const int64_t slice = w.scalar_type() == type ? std::max<int64_t>(N, 1) : kSlice;
+    const bool converts = weight.scalar_type() != type;
+    const int64_t slice = converts ? kSlice : std::max<int64_t>(N, 1);
     for (int64_t n = 0; n < N; n += slice) {
       const int64_t count = std::min(slice, N - n);
-      const Tensor part = w.scalar_type() == type ? w : w.narrow(1, n, count).to(type);
-      kernels<T>().pack(part.const_data_ptr<T>(), part.stride(0), part.stride(1), K, count,
+      const Tensor part = converts ? weight.narrow(n_dim, n, count).to(type) : weight;
+      kernels<T>().pack(part.const_data_ptr<T>(), part.stride(k_dim), part.stride(n_dim), K, count,
                         panels + kernels<T>().packed_size(K, n));
     }
   }
@@ -122,8 +124,8 @@ class Panels {
   Tensor large_;
 };
 
-/// The parts of the batch, as row bounds: equal numbers of rows x steps in each, so that long packed
-/// sequences share evenly.
+/// The parts of the batch, as row bounds: equal numbers of rows x steps in each, so that long
+/// packed sequences share evenly.
 inline std::vector<int64_t> row_bounds(const Layout& layout, int64_t row_blocks) {
   std::vector<int64_t> bounds{0};
   if (layout.packed() && row_blocks > 1) {

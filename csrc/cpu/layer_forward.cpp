@@ -24,11 +24,11 @@ struct PreparedCell {
     if (plan.pack_weights || plan.step_products) {
       packed = true;
       if (reads_state && !plan.step_products) w_hh_panels = Panels<T>(w_hh, /*transposed=*/true);
-      if (plan.fuse_input) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
     } else {
       w_ih = readable(w_ih, type);
       w_hh = readable(w_hh, type);
     }
+    if (plan.pack_input_weights) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
     if (!cell.b_ih.defined()) return;
     const Tensor b_ih = readable(cell.b_ih, type), b_hh = readable(cell.b_hh, type);
     const T *ih = b_ih.const_data_ptr<T>(), *hh = b_hh.const_data_ptr<T>();
@@ -41,9 +41,9 @@ struct PreparedCell {
     ForwardArgs<T> a;
     a.I = w_ih.size(1);
     a.H = w_hh.size(0);
+    a.w_ih_panels = w_ih_panels.data();
     if (packed) {
       a.w_hh_panels = w_hh_panels.data();
-      a.w_ih_panels = w_ih_panels.data();
     } else {
       a.w_hh = matrix_of<T>(w_hh);
       a.w_ih = matrix_of<T>(w_ih);

@@ -13,11 +13,13 @@ namespace {
 
 // Both matrices must stay in a core's second-level cache, else one large product is faster; so it
 // is for one or two long sequences of this many features.
-constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32;
-// A part of the batch smaller than this leaves the register tiles half empty.
-constexpr int64_t kRowsPerBlock = 8;
-// Multiply-adds of a step and columns of a thread from which handing the state over in each step
-// costs less than a second thread brings.
+constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 16;
+// A part of the batch smaller than this leaves the register tiles too empty; for small W_hh that is
+// still better than any hand-over.
+constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
+// Threads share a step where it takes twice as long as handing the state over in each step
+// (elements of W_hh that are read, or half the multiply-adds), and there are so many columns for
+// each.
 constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
 // Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
 // the first-level cache.
@@ -46,14 +48,15 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   plan.converts = s.converts;
-  plan.pack_weights =
-      s.converts || (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
+  plan.pack_weights = s.converts || (s.H <= 8 && s.I <= s.total_rows) ||
+                      (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
   const bool large_16bit = s.converts && s.fast_products && s.H >= kHiddenFor16Bit;
   plan.fuse_input = s.I > 0 && (s.I + s.H) * s.H * s.element_size <= kFusedBytes && !large_16bit &&
                     (!plan.pack_weights || (reuses_input_weight && s.I <= s.total_rows));
+  plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
   const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
   plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
   plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
@@ -62,10 +65,12 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
+  const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
   plan.row_blocks =
-      std::clamp<int64_t>(std::min(useful_threads / together, s.B / kRowsPerBlock), 1, threads);
+      std::clamp<int64_t>(std::min(useful_threads / together, s.B / rows_per_block), 1, threads);
   plan.column_blocks = 1;
-  if (!plan.step_products && mean_rows / plan.row_blocks * s.H * s.H >= kWorkToShare)
+  const int64_t rows = mean_rows / plan.row_blocks;
+  if (!plan.step_products && std::max<int64_t>(2, rows) * s.H * s.H / 2 >= kWorkToShare)
     plan.column_blocks = std::clamp<int64_t>(
         std::min(threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1, kMaxTeam);
   plan.parallel = useful_threads > 1 || plan.column_blocks > 1;

@@ -52,11 +52,11 @@ struct Steps {
 };
 
 /// Some of a step's columns, which several threads share where there are too few rows for each to
-/// have its own: one slab for each thread, in a cache line of its own. Walks count in rounds, the
-/// same in every thread: one for each call of their body.
-struct alignas(64) Slab {
-  int64_t claimed = 0;  // rounds that a thread has begun to compute
-  int64_t done = 0;     // rounds whose results are in memory
+/// have its own: one slab for each thread. Walks count in rounds, the same in every thread: one for
+/// each call of their body. `claimed` stays in its thread's cache; `done` is what others read.
+struct Slab {
+  alignas(64) int64_t claimed = 0;  // rounds that a thread has begun to compute
+  alignas(64) int64_t done = 0;     // rounds whose results are in memory
 };
 
 constexpr int64_t kMaxTeam = 64;
@@ -64,14 +64,14 @@ constexpr int64_t kMaxTeam = 64;
 struct Team {
   Slab* slabs = nullptr;  // [size], zero before the walk
   int64_t size = 1;       // at most kMaxTeam
-  int64_t home = 0;  // the slab that this thread computes, as long as it is on time
+  int64_t home = 0;       // the slab that this thread computes, as long as it is on time
 };
 
 /// Forward of one layer and direction for rows [row_begin, row_end):
 ///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
 /// Weights are given either as panels, made by `pack`, or as they are: packing pays only where many
-/// rows share it. Those of a product that no row has may be absent. Nothing is allocated; only y is
-/// written.
+/// rows share it. (W_ih alone may be packed; W_hh alone not, where there is an x.) Those of a
+/// product that no row has may be absent. Nothing is allocated; only y is written.
 template <typename T>
 struct ForwardArgs {
   Steps steps;

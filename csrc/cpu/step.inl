@@ -13,7 +13,7 @@ struct Step {
   int64_t I, K;     // columns of x and of s; 0 where there is no product
   Matrix<const T> x, s;
   const T *x_panels, *s_panels;
-  Matrix<const T> w_x, w_s;  // [N, I] and [N, K] in place of panels
+  Matrix<const T> w_x, w_s;  // [N, I] and [N, K] in place of panels, where those are null
   const T* bias;
   Matrix<const T> addend, addend2;
   Matrix<const T> h;
@@ -163,9 +163,9 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   }
 }
 
-/// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number of
-/// vectors in each round: where bit kSpan of a lane is clear the result goes on with acc[i], where
-/// it is set with acc[i + kSpan], each as the sum of two lanes.
+/// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number
+/// of vectors in each round: where bit kSpan of a lane is clear the result goes on with acc[i],
+/// where it is set with acc[i + kSpan], each as the sum of two lanes.
 template <typename T, int kSpan>
 struct LaneSums {
   template <size_t... kLane>
@@ -186,23 +186,97 @@ struct LaneSums<T, 0> {
   static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) { return acc[0]; }
 };
 
-/// acc[j] += a * w[j] over K columns, lane by lane, for as many rows j of w as a vector has lanes.
+/// Rows of a weight that are read side by side, and so many vectors of each at a time: enough sums
+/// to hide the latency of the multiply-add, few enough streams for the processor to read ahead.
 template <typename T>
-FASTRNN_INLINE void add_dot_products(Vec<T> (&acc)[kLanes<T>], const T* a, Matrix<const T> w,
-                                     int64_t count, int64_t K) {
-  const T* rows[kLanes<T>];
-  // Past the last row the last one is read again, and its sum not stored.
-  for (int j = 0; j < kLanes<T>; ++j) rows[j] = w.data + (j < count ? j : count - 1) * w.row_stride;
-  const int64_t whole = K / kLanes<T> * kLanes<T>, tail = K - whole;
-  for (int64_t k = 0; k < whole; k += kLanes<T>) {
-    const Vec<T> b = load<T>(a + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes<T>; ++j) acc[j] += b * load<T>(rows[j] + k);
+constexpr int kDotRows = kLanes<T> < 4 ? kLanes<T> : 4;
+template <int R>
+constexpr int kDotVectors = FASTRNN_TILE_VECTORS / R;
+
+/// acc[r][j] += a[r] * w[j], lane by lane, over one vector of their columns from k on.
+template <typename T, int R>
+FASTRNN_INLINE void add_dots(Vec<T> (&acc)[R][kDotRows<T>], Matrix<const T> a,
+                             const T* const (&w)[kDotRows<T>], int64_t k) {
+  Vec<T> x[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) x[r] = load<T>(a.data + r * a.row_stride + k);
+#pragma GCC unroll 4
+  for (int j = 0; j < kDotRows<T>; ++j) {
+    const Vec<T> weights = load<T>(w[j] + k);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) acc[r][j] += x[r] * weights;
   }
-  if (tail == 0) return;
-  const Vec<T> b = load_tail<T>(a + whole, tail);
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes<T>; ++j) acc[j] += b * load_tail<T>(rows[j] + whole, tail);
+}
+
+/// sums[r][j] += a[r] * w[j] over K columns, lane by lane, for rows j < `count` of w. Some sums
+/// after those change too.
+template <typename T, int R>
+FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const T> a,
+                                     Matrix<const T> w, int64_t count, int64_t K) {
+  constexpr int V = kDotVectors<R>;
+  const int64_t tail = K % kLanes<T>, whole = K - tail;
+  for (int64_t first = 0; first < count; first += kDotRows<T>) {
+    const T* rows[kDotRows<T>];
+    for (int64_t j = 0; j < kDotRows<T>; ++j)
+      rows[j] = w.data + (first + j < count ? first + j : count - 1) * w.row_stride;
+    Vec<T> acc[V][R][kDotRows<T>] = {};
+    int64_t k = 0;
+    for (; k + V * kLanes<T> <= whole; k += V * kLanes<T>) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kLanes<T>);
+    }
+    for (; k < whole; k += kLanes<T>) add_dots<T, R>(acc[0], a, rows, k);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kDotRows<T>; ++j) {
+        if (tail != 0)
+          acc[0][r][j] +=
+              load_end<T>(a.data + r * a.row_stride, K, tail) * load_end<T>(rows[j], K, tail);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][first + j] += acc[v][r][j];
+      }
+    }
+  }
+}
+
+/// acc[r] += x[r] * W_x for R rows and one vector of columns, from `column`; W_x is packed.
+template <typename T, int R>
+FASTRNN_INLINE void add_packed_input(Vec<T> (&acc)[R][1], const Step<T>& s, int64_t row,
+                                     int64_t column) {
+  const int64_t first = column / kPanel<T> * kPanel<T>;  // of the panel
+  const int64_t rest = (s.N - first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t width = rest < kPanel<T> ? rest : kPanel<T>;
+  const T* weights = s.x_panels + first * s.I + column - first;
+  for (int64_t k = 0; k < s.I; ++k, weights += width)
+    for (int r = 0; r < R; ++r)
+      acc[r][0] += s.x.data[(row + r) * s.x.row_stride + k] * load<T>(weights);
+}
+
+/// R rows of one vector of columns, from `column`, of which `width` are there.
+template <typename T, typename Act, int R>
+void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width) {
+  Vec<T> sums[R][kLanes<T>] = {};
+  if (s.I != 0 && s.x_panels == nullptr)
+    add_dot_products<T, R>(sums, from_row(s.x, row), from_row(s.w_x, column), width, s.I);
+  if (s.K != 0)
+    add_dot_products<T, R>(sums, from_row(s.s, row), from_row(s.w_s, column), width, s.K);
+  const int64_t tail = width % kLanes<T>;
+  Vec<T> acc[R][1];
+  for (int r = 0; r < R; ++r) {
+    acc[r][0] = LaneSums<T, kLanes<T> / 2>::of(sums[r]);
+    if (s.bias != nullptr) acc[r][0] += load<T>(s.bias + column);
+  }
+  if (s.I != 0 && s.x_panels != nullptr) add_packed_input<T, R>(acc, s, row, column);
+  add_rows<T, R, 1>(acc, s.addend, row, column, tail);
+  for (int r = 0; r < R; ++r) {
+    const Vec<T> value = Act::template value<T>(acc[r][0]);
+    T* out = s.out.data + (row + r) * s.out.row_stride + column;
+    if (tail != 0)
+      store_tail<T>(out, value, tail);
+    else
+      store<T>(out, value);
+  }
 }
 
 /// Vectors [begin, end) of a step's columns, with weights as they are: for calls that have too few
@@ -212,25 +286,9 @@ void run_unpacked(const Step<T>& s, int64_t begin, int64_t end, bool backwards) 
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (backwards ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
-    const int64_t tail = width % kLanes<T>;
-    for (int64_t row = 0; row < s.rows; ++row) {
-      Vec<T> products[kLanes<T>] = {};
-      if (s.I != 0)
-        add_dot_products<T>(products, s.x.data + row * s.x.row_stride, from_row(s.w_x, column),
-                            width, s.I);
-      if (s.K != 0)
-        add_dot_products<T>(products, s.s.data + row * s.s.row_stride, from_row(s.w_s, column),
-                            width, s.K);
-      Vec<T> acc[1][1] = {{LaneSums<T, kLanes<T> / 2>::of(products)}};
-      if (s.bias != nullptr) acc[0][0] += load<T>(s.bias + column);
-      add_rows<T, 1, 1>(acc, s.addend, row, column, tail);
-      const Vec<T> value = Act::template value<T>(acc[0][0]);
-      T* out = s.out.data + row * s.out.row_stride + column;
-      if (tail != 0)
-        store_tail<T>(out, value, tail);
-      else
-        store<T>(out, value);
-    }
+    int64_t row = 0;
+    for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
+    if (row < s.rows) unpacked_rows<T, Act, 1>(s, row, column, width);
   }
 }
 

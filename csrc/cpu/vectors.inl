@@ -47,6 +47,18 @@ FASTRNN_INLINE Vec<T> load_tail(const T* p, int64_t count) {
   return v;
 }
 
+/// The last `count` of the K numbers at p, less than a vector, in some lanes that depend on K and
+/// `count` alone; the other lanes are zero.
+template <typename T>
+FASTRNN_INLINE Vec<T> load_end(const T* p, int64_t K, int64_t count) {
+  if (K < kLanes<T>) return load_tail<T>(p, count);
+  Bits<T> lane = {};
+  for (int64_t i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  using Bit = std::remove_reference_t<decltype(lane[0])>;
+  const Bits<T> wanted = lane >= static_cast<Bit>(kLanes<T> - count);
+  return (Vec<T>)((Bits<T>)load<T>(p + K - kLanes<T>) & wanted);
+}
+
 template <typename T>
 FASTRNN_INLINE void store_tail(T* p, Vec<T> v, int64_t count) {
   T lanes[kLanes<T>];
