@@ -78,6 +78,8 @@ def newest() -> dict[str, Any] | None:
     """The latest complete results of a CPU, by the date in them; None if there are none."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
     reports = [r for r in reports if r.get("device") == "cpu" and r.get("complete")]
+    # compare.py and scaling.py name what they study.
+    reports = [r for r in reports if "study" not in r]
     return max(reports, key=lambda report: str(report["date"]), default=None)
 
 
