@@ -47,12 +47,24 @@ def main(argv: list[str] | None = None) -> int:
     int
         0; 1 if a peer's results were wrong; 2 if the arguments select nothing.
     """
-    args = parse(argv)
-    cases = [case for case in CASES if args.only in case.name]
+    cores = torch.get_num_threads()
+    return study("peers", CASES, argv, list(PEERS), sorted({1, cores}))
+
+
+def study(
+    name: str,
+    cases: list[BenchmarkCase],
+    argv: list[str] | None,
+    peers: list[str],
+    threads: list[int],
+) -> int:
+    """As `main`, with the name of the results, the cases and what is measured by default."""
+    args = parse(argv, peers, threads)
+    cases = [case for case in cases if args.only in case.name]
     if not cases:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
         return 2
-    report = describe(args, "peers")
+    report = describe(args, name)
     path = args.output or default_path(report, args)
     sweep(report, cases, args, path)
     print(peers_table.render(report))
@@ -60,18 +72,18 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any("wrong" in each for each in results_of(report)) else 0
 
 
-def parse(argv: list[str] | None, description: str = "Compare with other runtimes.") -> Any:
+def parse(argv: list[str] | None, peers: list[str], threads: list[int]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description="Measure fastrnn and other runtimes in turns.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, rougher numbers")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this name")
-    parser.add_argument("--peers", type=names, default=list(PEERS), metavar="A,B",
+    parser.add_argument("--peers", type=names, default=peers, metavar="A,B",
                         help=f"of {', '.join(PEERS)}; {BASE} always")  # fmt: skip
-    cores = torch.get_num_threads()
-    parser.add_argument("--threads", type=numbers, default=sorted({1, cores}), metavar="N,M")
+    parser.add_argument("--threads", type=numbers, default=threads, metavar="N,M")
     parser.add_argument("--seconds", type=float, metavar="S", help="for each case and mode")
     parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
     args = parser.parse_args(argv)
+    args.part = bool(args.quick or args.only or args.peers != peers)
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if args.quick else SECONDS
     return args
@@ -109,13 +121,8 @@ def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
     """The file for this machine and day; another one if not everything is measured."""
     threads = "-".join(map(str, report["threads"]))
     name = f"{report['study']} {report['machine']['cpu']} {threads} threads {report['date'][:10]}"
-    part = "-part" if is_part(args) else ""
+    part = "-part" if args.part else ""
     return table.RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}{part}.json"
-
-
-def is_part(args: argparse.Namespace) -> bool:
-    """Whether the arguments leave something out."""
-    return bool(args.quick or args.only or args.peers != list(PEERS))
 
 
 def sweep(
@@ -138,7 +145,7 @@ def sweep(
                 for mode in MODES:
                     entry["modes"][mode] = measure(case, mode, workers, reference, args.seconds)
                     last = number == len(cases) and mode == MODES[-1]
-                    report["complete"] = last and not is_part(args)
+                    report["complete"] = last and not args.part
                     run.write(path, report)
                     progress = f"{number}/{len(cases)} {case.name} {mode}"
                     print(progress, said(entry["modes"][mode]), file=sys.stderr, flush=True)

@@ -12,6 +12,24 @@ from typing import Any
 
 from table import duration, extras
 
+#: What peers are called in tables and figures.
+LABELS = {
+    "nn_rnn": "nn.RNN",
+    "nn_rnn_cell": "nn.RNNCell",
+    "script_loop": "jit.script loop",
+    "compiled_nn_rnn": "compile(nn.RNN)",
+    "compiled_loop": "compiled loop",
+    "jax_scan": "JAX scan",
+    "onnx_runtime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "onednn": "oneDNN",
+}
+
+
+def label(peer: str) -> str:
+    """What a peer is called."""
+    return LABELS.get(peer, peer)
+
 
 def render(report: dict[str, Any]) -> str:
     """A caption, and for each mode a table and what was not run."""
@@ -31,11 +49,11 @@ def caption(report: dict[str, Any]) -> str:
     source = f"commit {commit['hash'][:10]}" if commit else "no commit"
     source += " with changes" if commit and commit["dirty"] else ""
     threads = " or ".join(map(str, report["threads"]))
+    threads += " thread" if report["threads"] == [1] else " threads, whichever is faster (@)"
     return (
         f"{machine['cpu']}, {machine['capability']['fastrnn']}; {versions}; {source}; "
-        f"{report['date'][:10]}. Median time of a call with {threads} threads, whichever is "
-        "faster (@). × nn.RNN and × best: how many times as long nn.RNN and the fastest peer take "
-        "as fastrnn."
+        f"{report['date'][:10]}. Median time of a call with {threads}. × nn.RNN and × best: "
+        "how many times as long nn.RNN and the fastest peer take as fastrnn."
     )
 
 
@@ -43,15 +61,15 @@ def of_mode(cases: list[dict[str, Any]], mode: str) -> str:
     """The table of a mode: the peers that ran at least once, a row for each case."""
     results = [result for case in cases for result in case["modes"][mode]["results"]]
     peers = list(dict.fromkeys(r["peer"] for r in results if "us" in r or "wrong" in r))
-    columns = ["(T, B, I, H)", "", *peers, "× nn.RNN", "× best", "best peer"]
+    columns = ["(T, B, I, H)", "", *map(label, peers), "× nn.RNN", "× best", "best peer"]
     lines = [f"| {' | '.join(columns)} |", f"|---|---|{'--:|' * (len(columns) - 3)}---|"]
     for case in cases:
         spec, found = case["spec"], case["modes"][mode]
         cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
         cells += [cell([r for r in found["results"] if r["peer"] == peer]) for peer in peers]
-        for label in ("nn_rnn", "peer"):
-            cells.append(f"{found['best'][label]['ratio']:.2f}" if label in found["best"] else "–")
-        cells.append(found["best"]["peer"]["name"] if "peer" in found["best"] else "–")
+        best = found["best"]
+        cells += [f"{best[a]['ratio']:.2f}" if a in best else "–" for a in ("nn_rnn", "peer")]
+        cells.append(label(best["peer"]["name"]) if "peer" in best else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -69,7 +87,9 @@ def cell(results: list[dict[str, Any]]) -> str:
 
 def not_run(report: dict[str, Any]) -> str:
     """What is missing in the tables, and why."""
-    lines = [f"- {name}: {reason}" for name, reason in report.get("not_installed", {}).items()]
+    lines = [
+        f"- {label(name)}: {reason}" for name, reason in report.get("not_installed", {}).items()
+    ]
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in report["cases"]:
         for mode, found in case["modes"].items():
@@ -81,7 +101,7 @@ def not_run(report: dict[str, Any]) -> str:
     for (peer, reason), where in reasons.items():
         distinct = list(dict.fromkeys(where))
         shown = ", ".join(distinct) if len(distinct) <= 3 else f"{len(distinct)} measurements"
-        lines.append(f"- {peer}: {reason} ({shown})")
+        lines.append(f"- {label(peer)}: {reason} ({shown})")
     return "\n".join(["Not run:", "", *lines]) if lines else ""
 
 

@@ -51,8 +51,8 @@ class Rnn {
     const memory w_ih({w_ih_size, type, Tag::ldgoi}, engine_, buffers.w_ih);
     const memory w_hh({w_hh_size, type, Tag::ldgoi}, engine_, buffers.w_hh);
 
-    const auto kind = shape.training ? dnnl::prop_kind::forward_training
-                                     : dnnl::prop_kind::forward_inference;
+    const auto kind =
+        shape.training ? dnnl::prop_kind::forward_training : dnnl::prop_kind::forward_inference;
     const dnnl::vanilla_rnn_forward::primitive_desc forward(
         engine_, kind, activation, direction, x, state, any_w_ih, any_w_hh, bias, y, state);
     // With an implicit src_iter, version 3.2 computes a wrong gradient of w_hh.

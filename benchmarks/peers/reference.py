@@ -3,11 +3,10 @@
 
 from dataclasses import dataclass
 
+import gate
 import torch
 from cases import BenchmarkCase
 from torch import Tensor
-
-from fastrnn import testing
 
 from .interface import Peer
 from .torch_modules import NnRnn
@@ -48,12 +47,12 @@ def failure(
     if needed - results.keys():
         return f"without {', '.join(sorted(needed - results.keys()))}"
     try:
-        testing.assert_as_accurate(
+        gate.assert_right(
             {name: tensor.double() for name, tensor in results.items()},
             {name: reference.theirs[name] for name in results},
             reference.exact,
-            case.dtype,
-            floor_ulps=peer.floor_ulps(case.dtype),
+            case,
+            peer.floor_ulps(case.dtype),
         )
     except AssertionError as error:
         return str(error) or "other shapes"
