@@ -75,11 +75,7 @@ class LoopPeer(Peer):
         module = case.module(torch.nn.RNN, case.dtype)
         loop = Loop(self.compiled(threads), module)
         parameters = dict(module.named_parameters())
-        loaded = module_steps(loop, parameters, problem.x, problem.cotangent(), mode)
-        for _ in range(3):
-            # TorchScript profiles two calls, then compiles.
-            loaded.step()
-        return loaded
+        return module_steps(loop, parameters, problem.x, problem.cotangent(), mode)
 
 
 class ScriptLoop(LoopPeer):

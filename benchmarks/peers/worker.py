@@ -25,6 +25,8 @@ from .interface import Loaded
 
 #: Seconds until a worker is taken to hang: loading may compile.
 LIMIT = 600.0
+#: A call of more seconds is a burst by itself.
+LONG = 0.1
 #: Seconds that a process has to end by itself.
 CLOSING = 5.0
 #: A process rests when it uses less than this share of a processor, in steps of so many seconds.
@@ -54,6 +56,7 @@ class Runner:
             ``calls`` of a burst; or ``not_run``, a reason; or ``wrong``, what the gate says.
         """
         self._loaded = None
+        gc.collect()
         reason = self._peer.missing() or self._peer.unsupported(case, mode)
         if reason:
             return {"not_run": reason}
@@ -69,8 +72,10 @@ class Runner:
         if failure:
             return {"wrong": failure}
         self._loaded, self._mode = loaded, mode
-        with timing.undisturbed(), torch.inference_mode(mode == "inference"):
-            self._calls = timing.calls_of_round(loaded.step)
+        with torch.inference_mode(mode == "inference"):
+            seconds = timing.round_of(loaded.step, 1)
+            # The search for a number of calls makes several more.
+            self._calls = 1 if seconds > LONG else timing.calls_of_round(loaded.step)
         return {"calls": self._calls}
 
     def burst(self) -> dict[str, float]:
@@ -83,10 +88,6 @@ class Runner:
             seconds = timing.round_of(self._loaded.step, self._calls)
         rest()
         return {"seconds": seconds}
-
-    def drop(self) -> None:
-        """Free the case."""
-        self._loaded = None
 
 
 def rest() -> None:
@@ -154,6 +155,7 @@ class Worker:
 def serve(connection: Any, name: str, threads: int) -> None:
     """Answer a `Worker` until it is gone. Garbage is collected when a case is loaded."""
     gc.disable()
+    gc.freeze()
     runner = Runner(name, threads)
     while True:
         try:
