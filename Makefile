@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo | test | lint | bench | clean. Each target sets up what it needs in .venv, once.
+# make demo | test | lint | bench | peers | scaling | plots | clean. Each target sets up what it
+# needs in .venv, once.
 # make gpu builds with CUDA, tests and measures on a GPU, with the torch and pytest of PYTHON.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench peers scaling plots gpu clean
 
 $(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
@@ -20,6 +21,10 @@ $(VENV)/demo: requirements/demo.txt | $(VENV)/pip
 
 $(VENV)/dev: requirements/dev.txt $(VENV)/demo
 	$(RUN) -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+$(VENV)/peers: requirements/peers.txt $(VENV)/dev
+	$(RUN) -m pip install --quiet -r requirements/peers.txt
 	touch $@
 
 # Editable: changes of Python files need no build.
@@ -41,6 +46,15 @@ lint: $(VENV)/built $(VENV)/dev
 
 bench: $(VENV)/built $(VENV)/dev
 	$(RUN) benchmarks/run.py
+
+peers: $(VENV)/built $(VENV)/peers
+	$(RUN) benchmarks/compare.py
+
+scaling: $(VENV)/built $(VENV)/peers
+	$(RUN) benchmarks/scaling.py
+
+plots: $(VENV)/built $(VENV)/dev
+	$(RUN) benchmarks/plots.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

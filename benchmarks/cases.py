@@ -49,8 +49,7 @@ class BenchmarkCase(Case):
             Weights, input and the output's gradient are made here, not in the call.
         """
         module = self.module(CLASSES[class_name], self.dtype).train(mode == "training")
-        inputs, _ = self.arguments(self.dtype)
-        x = pack_sequence(inputs, enforce_sorted=False) if self.lengths else inputs[0]
+        x, cotangent = self.input(), self.cotangent()
 
         def infer() -> None:
             module(x)
@@ -58,17 +57,25 @@ class BenchmarkCase(Case):
         if mode == "inference":
             return infer
 
-        with torch.no_grad():
-            like = numbers(module(x)[0])
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(like.shape, generator=generator).to(like.dtype)
-
         def train() -> None:
             output, _ = module(x)
             torch.autograd.backward(numbers(output), cotangent)
             module.zero_grad(set_to_none=True)
 
         return train
+
+    def input(self) -> Tensor | PackedSequence:
+        """Draw what the module is called with."""
+        inputs, _ = self.arguments(self.dtype)
+        return pack_sequence(inputs, enforce_sorted=False) if self.lengths else inputs[0]
+
+    def cotangent(self) -> Tensor:
+        """Draw the gradient of the output's `numbers`."""
+        features = self.H * (2 if self.bidirectional else 1)
+        rows = (self.B, self.T) if self.batch_first else (self.T, self.B)
+        size = (sum(self.lengths),) if self.lengths else rows
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(*size, features, generator=generator).to(self.dtype)
 
 
 def numbers(output: Tensor | PackedSequence) -> Tensor:
@@ -92,28 +99,46 @@ CASES = [
     BenchmarkCase(100, 1, 1, 1, name="scalar", reason="the cost of a step without arithmetic"),
     BenchmarkCase(50, 32, 2, 16, name="small", reason="few features"),
     BenchmarkCase(1, 1, 64, 64, name="one-step", reason="streaming: one step in each call"),
+    BenchmarkCase(1, 8, 64, 64, name="one-step-batch", reason="streaming: eight at once"),
     BenchmarkCase(1000, 1, 64, 64, name="long", reason="one long sequence: the latency of a step"),
     BenchmarkCase(1000, 16, 32, 32, name="long-batch", reason="a small batch of long sequences"),
     BenchmarkCase(100, 32, 64, 64, name="medium-64", reason="common size, weights of 16 KB"),
     BenchmarkCase(100, 1, 128, 128, name="row-128", reason="one sequence, weights of 64 KB"),
     BenchmarkCase(100, 32, 128, 128, name="medium-128", reason="common size, weights of 64 KB"),
+    BenchmarkCase(100, 32, 128, 128, name="relu", reason="a step without tanh",
+                  nonlinearity="relu"),
+    BenchmarkCase(100, 32, 128, 128, name="two-layers", reason="layers", num_layers=2),
+    BenchmarkCase(100, 32, 128, 128, name="bidirectional", reason="directions",
+                  bidirectional=True),
+    BenchmarkCase(100, 1, 128, 128, name="row-layers", reason="layers of one sequence",
+                  num_layers=4),
     BenchmarkCase(20, 32, 2, 32, name="dc-motor", reason="the shape of the example",
                   nonlinearity="relu", batch_first=True),
+    BenchmarkCase(30, 64, 1, 64, name="forecast", reason="everyday: series of one feature",
+                  batch_first=True),
+    BenchmarkCase(50, 128, 4, 128, name="sensors", reason="everyday: few features, two layers",
+                  batch_first=True, num_layers=2),
     BenchmarkCase(100, 64, 256, 256, name="large-256", reason="products begin to dominate"),
     BenchmarkCase(100, 1, 256, 256, name="row-256", reason="one sequence, weights of 256 KB"),
     BenchmarkCase(100, 1, 512, 512, name="row-512", reason="reads 1 MB of weights in each step"),
     BenchmarkCase(50, 64, 512, 512, name="large-512", reason="bound by arithmetic"),
     BenchmarkCase(20, 1, 1024, 1024, name="row-1024", reason="reads 4 MB of weights in each step"),
     BenchmarkCase(30, 64, 1024, 1024, name="large-1024", reason="PyTorch's BLAS at its best"),
+    BenchmarkCase(20, 200, 2, 4096, name="huge-4096", reason="reads 64 MB of weights in each step",
+                  nonlinearity="relu"),
     BenchmarkCase(10, 1024, 1, 16, name="wide-batch", reason="many short series of one feature",
                   nonlinearity="relu"),
     BenchmarkCase(100, 32, 128, 128, name="stacked", reason="layers and directions",
                   num_layers=2, bidirectional=True),
     BenchmarkCase(100, 32, 64, 64, name="packed", reason="sequences of unequal length",
                   lengths=tuple(round(10 + 90 * i / 31) for i in range(32))),
+    BenchmarkCase(50, 32, 64, 128, name="packed-from-1", reason="every length from 1 to T",
+                  lengths=tuple(round(1 + 49 * i / 31) for i in range(32))),
     BenchmarkCase(100, 32, 64, 64, name="float64", reason="half as many numbers in a vector",
                   dtype=torch.float64),
     BenchmarkCase(100, 32, 128, 128, name="bfloat16", reason="16 bits, computed in float32",
+                  dtype=torch.bfloat16),
+    BenchmarkCase(100, 32, 256, 256, name="bfloat16-256", reason="16 bits, a product in each step",
                   dtype=torch.bfloat16),
     BenchmarkCase(50, 64, 512, 512, name="large-bfloat16", reason="products in 16 bits",
                   dtype=torch.bfloat16),

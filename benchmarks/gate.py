@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import pack_sequence
 import fastrnn
 from fastrnn import testing
 
+#: So many sums before relu that some lie within rounding of zero, and how many may.
+MANY_SUMS, KINKS = 10**6, 8
+
 
 def failure(case: BenchmarkCase, cls: Any = fastrnn.RNN) -> str | None:
     """Compare training and inference of `cls` with torch.nn.RNN's.
@@ -34,12 +37,36 @@ def failure(case: BenchmarkCase, cls: Any = fastrnn.RNN) -> str | None:
     try:
         theirs, ours = (case.module(c, case.dtype) for c in (torch.nn.RNN, cls))
         exact = case.module(torch.nn.RNN, case.dtype).double()
-        testing.assert_as_accurate(
-            results(ours, case), results(theirs, case), results(exact, case), case.dtype
-        )
+        assert_right(results(ours, case), results(theirs, case), results(exact, case), case)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def assert_right(
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    case: BenchmarkCase,
+    floor_ulps: float = testing.FLOOR_ULPS,
+) -> None:
+    """As `testing.assert_as_accurate`, with room for relu's kink in the gradients of large cases.
+
+    A sum within rounding of zero may fall on either side of it, and its output's derivative is then
+    0 or 1. Of ten million sums a few do, in torch.nn.RNN as well but not the same ones; each moves
+    the gradients by about one part in the root of their number.
+    """
+    sums = case.T * case.B * case.H
+    if case.nonlinearity != "relu" or sums < MANY_SUMS:
+        testing.assert_as_accurate(ours, theirs, exact, case.dtype, floor_ulps)
+        return
+    kinks = KINKS * sums**-0.5 / torch.finfo(case.dtype).eps
+    for of_gradients, floor in ((False, floor_ulps), (True, max(floor_ulps, kinks))):
+        parts = [
+            {name: t for name, t in each.items() if name.startswith("grad_") is of_gradients}
+            for each in (ours, theirs, exact)
+        ]
+        testing.assert_as_accurate(*parts, case.dtype, floor)
 
 
 def results(module: Any, case: BenchmarkCase) -> dict[str, Tensor]:

@@ -74,10 +74,17 @@ def duration(microseconds: float) -> str:
     return f"{rounded / factor:g} {unit}"
 
 
-def newest() -> dict[str, Any] | None:
-    """The latest complete results of a CPU, by the date in them; None if there are none."""
+def newest(study: str | None = None) -> dict[str, Any] | None:
+    """The latest complete results of a CPU, by the date in them; None if there are none.
+
+    Parameters
+    ----------
+    study : str, optional
+        ``"peers"`` or ``"scaling"``: results of compare.py or scaling.py, in place of run.py's.
+    """
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
     reports = [r for r in reports if r.get("device") == "cpu" and r.get("complete")]
+    reports = [r for r in reports if r.get("study") == study]
     return max(reports, key=lambda report: str(report["date"]), default=None)
 
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python benchmarks/peers_table.py JSON`: the results of compare.py as Markdown.
+
+A cell is the median time with the better number of threads, and that number. Losses stay in.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from table import duration, extras
+
+#: What peers are called in tables and figures.
+LABELS = {
+    "nn_rnn": "nn.RNN",
+    "nn_rnn_cell": "nn.RNNCell",
+    "script_loop": "jit.script loop",
+    "compiled_nn_rnn": "compile(nn.RNN)",
+    "compiled_loop": "compiled loop",
+    "jax_scan": "JAX scan",
+    "onnx_runtime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "onednn": "oneDNN",
+}
+
+
+def label(peer: str) -> str:
+    """What a peer is called."""
+    return LABELS.get(peer, peer)
+
+
+def render(report: dict[str, Any]) -> str:
+    """A caption, and for each mode a table and what was not run."""
+    parts = [caption(report)]
+    modes = dict.fromkeys(mode for case in report["cases"] for mode in case["modes"])
+    for mode in modes:
+        cases = [case for case in report["cases"] if mode in case["modes"]]
+        parts += [f"### {mode.capitalize()}", of_mode(cases, mode)]
+    parts.append(not_run(report))
+    return "\n\n".join(filter(None, parts))
+
+
+def caption(report: dict[str, Any]) -> str:
+    """Where and with what the numbers were measured, and what the columns are."""
+    machine, commit = report["machine"], report["commit"]
+    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)
+    source = f"commit {commit['hash'][:10]}" if commit else "no commit"
+    source += " with changes" if commit and commit["dirty"] else ""
+    threads = " or ".join(map(str, report["threads"]))
+    threads += " thread" if report["threads"] == [1] else " threads, whichever is faster (@)"
+    return (
+        f"{machine['cpu']}, {machine['capability']['fastrnn']}; {versions}; {source}; "
+        f"{report['date'][:10]}. Median time of a call with {threads}. × nn.RNN and × best: "
+        "how many times as long nn.RNN and the fastest peer take as fastrnn."
+    )
+
+
+def of_mode(cases: list[dict[str, Any]], mode: str) -> str:
+    """The table of a mode: the peers that ran at least once, a row for each case."""
+    results = [result for case in cases for result in case["modes"][mode]["results"]]
+    peers = list(dict.fromkeys(r["peer"] for r in results if "us" in r or "wrong" in r))
+    columns = ["(T, B, I, H)", "", *map(label, peers), "× nn.RNN", "× best", "best peer"]
+    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'--:|' * (len(columns) - 3)}---|"]
+    for case in cases:
+        spec, found = case["spec"], case["modes"][mode]
+        cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
+        cells += [cell([r for r in found["results"] if r["peer"] == peer]) for peer in peers]
+        best = found["best"]
+        cells += [f"{best[a]['ratio']:.2f}" if a in best else "–" for a in ("nn_rnn", "peer")]
+        cells.append(label(best["peer"]["name"]) if "peer" in best else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(results: list[dict[str, Any]]) -> str:
+    """The better time of a peer; ``wrong`` if its results were, with any number of threads."""
+    if any("wrong" in result for result in results):
+        return "wrong"
+    timed = [result for result in results if "us" in result]
+    if not timed:
+        return "–"
+    best = min(timed, key=lambda result: float(result["us"]))
+    return f"{duration(best['us'])} @{best['threads']}"
+
+
+def not_run(report: dict[str, Any]) -> str:
+    """What is missing in the tables, and why."""
+    lines = [
+        f"- {label(name)}: {reason}" for name, reason in report.get("not_installed", {}).items()
+    ]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in report["cases"]:
+        for mode, found in case["modes"].items():
+            for result in found["results"]:
+                reason = result.get("not_run") or ("wrong" in result and "WRONG RESULTS")
+                if reason:
+                    where = reasons.setdefault((result["peer"], reason), [])
+                    where.append(f"{case['spec']['name']} {mode}")
+    for (peer, reason), where in reasons.items():
+        distinct = list(dict.fromkeys(where))
+        shown = ", ".join(distinct) if len(distinct) <= 3 else f"{len(distinct)} measurements"
+        lines.append(f"- {label(peer)}: {reason} ({shown})")
+    return "\n".join(["Not run:", "", *lines]) if lines else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of a file."""
+    parser = argparse.ArgumentParser(description="Tables of the results of compare.py.")
+    parser.add_argument("json", type=Path)
+    args = parser.parse_args(argv)
+    print(render(json.loads(args.json.read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
