@@ -3,7 +3,10 @@
 // Tier 1 in 16 bits, on tensor cores. Per step and block, sums^T [H, 8] = W^T [H, H] s^T [H, 8]:
 // the weights are the mma's first operand, whose registers are loaded once, and eight rows of the
 // batch its second, so that one row costs what eight do.
+#include <iterator>
+
 #include "block_recurrence.cuh"
+#include "block_sizes.h"
 
 namespace fastrnn::cuda {
 
@@ -14,25 +17,21 @@ struct __align__(16) Fragment {
   uint32_t pair[4];
 };
 
-/// kTiles: H in tiles of 16. kOwn: tiles of 16 units that each warp computes; every warp reads all
-/// of s, so larger layers give two to each. kInRegisters: tiles along k whose weights registers
-/// hold; those of the others are in shared memory, in the order in which lanes read them.
-template <typename T, int kTiles, int kOwn, int kInRegisters = kTiles>
+template <typename T, int kSize>
 class MmaEngine {
+  static constexpr MmaSizes kSizes = kMmaSizes[kSize];
+  static constexpr int kTiles = kSizes.tiles(), kOwn = kSizes.own;
+  static constexpr int kInRegisters = kSizes.in_registers, kStaged = kSizes.staged();
+  static constexpr int kPlaces = kSizes.places(), kStride = kSizes.row_stride();
+
  public:
   using Element = T;
-  static constexpr int kRows = 8, kElements = 4 * kOwn;
-  static constexpr int kThreads = 32 * ((kTiles + kOwn - 1) / kOwn);
+  static constexpr int kRows = 8, kElements = 4 * kOwn, kThreads = kSizes.threads();
   // The product of a small layer ends before a load from the L2 cache would; that of a large one
   // does not, and leaves few registers.
   static constexpr int kDepth = kTiles <= 8 ? 4 : kTiles <= 16 ? 2 : 1;
-  // Places for fragments in shared memory, of each tile that a warp computes.
-  static constexpr int kStaged = kInRegisters < 8 ? kInRegisters : 8;
-  static constexpr int kPlaces = kTiles - kInRegisters > kStaged ? kTiles - kInRegisters : kStaged;
-  // 16 bytes more than a row, so that the eight rows of a fragment lie in different banks.
-  static constexpr int kStride = 16 * kTiles + 8, kStateSize = kRows * kStride;
-  static constexpr size_t kStateBytes = 2 * kStateSize * sizeof(T);
-  static constexpr size_t kSharedBytes = kStateBytes + sizeof(Fragment) * kThreads * kOwn * kPlaces;
+  static constexpr int kStateSize = kRows * kStride;
+  static constexpr size_t kSharedBytes = kSizes.shared_bytes();
 
   static __device__ __forceinline__ int state_index(int row, int unit) {
     return row * kStride + unit;
@@ -117,7 +116,7 @@ class MmaEngine {
     }
   }
   __device__ __forceinline__ Fragment* place(int m, int k) const {
-    char* const start = static_cast<char*>(shared_memory()) + kStateBytes;
+    char* const start = static_cast<char*>(shared_memory()) + kSizes.state_bytes();
     return reinterpret_cast<Fragment*>(start) + ((warp_ * kOwn + m) * kPlaces + k) * 32 + lane_;
   }
 
@@ -125,39 +124,18 @@ class MmaEngine {
   Fragment w_[kOwn][kInRegisters];
 };
 
-template <class E>
-struct Use {
-  using Engine = E;
-};
-
-/// f with the smallest engine for H units.
-template <typename T, typename F>
-auto with_engine(int64_t H, const F& f) {
-  if (H <= 32) return f(Use<MmaEngine<T, 2, 1>>{});
-  if (H <= 64) return f(Use<MmaEngine<T, 4, 1>>{});
-  if (H <= 128) return f(Use<MmaEngine<T, 8, 2>>{});
-  if (H <= 192) return f(Use<MmaEngine<T, 12, 2>>{});
-  if (H <= 256) return f(Use<MmaEngine<T, 16, 2>>{});
-  if (H <= 320) return f(Use<MmaEngine<T, 20, 2, 9>>{});
-  return f(Use<MmaEngine<T, 24, 2, 10>>{});
-}
-
-template <typename T>
+/// By the smallest engine for H units.
+template <typename T, int kSize = 0>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  return with_engine<T>(args.H, [&](auto use) {
-    return run_block_recurrence<typename decltype(use)::Engine>(args, stream);
-  });
+  if constexpr (kSize + 1 < static_cast<int>(std::size(kMmaSizes)))
+    if (args.H > kMmaSizes[kSize].hidden) return run<T, kSize + 1>(args, stream);
+  return run_block_recurrence<MmaEngine<T, kSize>>(args, stream);
 }
 
 }  // namespace
 
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream) {
   return args.type == Type::kHalf ? run<Half>(args, stream) : run<BFloat16>(args, stream);
-}
-
-int64_t mma_shared_bytes(int64_t H) {
-  return with_engine<Half>(
-      H, [](auto use) { return static_cast<int64_t>(decltype(use)::Engine::kSharedBytes); });
 }
 
 }  // namespace fastrnn::cuda
