@@ -14,23 +14,20 @@ class FfmaEngine {
  public:
   using Element = float;
   static constexpr int kRows = kBatch, kLanes = 4, kUnits = 2;
-  static constexpr int kElements = kBatch <= 2 ? 1 : kBatch / 2;
+  // The 2 * kBatch sums of four lanes, dealt out among them; of a single row, to two of them.
+  static constexpr int kThreadRows = kBatch <= 2 ? 1 : kBatch / 2, kRowStep = 2;
+  static constexpr int kThreadUnits = 1, kUnitStep = 1;
   static constexpr int kThreads = kHidden / kUnits * kLanes;
   static constexpr int kDepth = kHidden > 128 ? 3 : 4;  // registers are few there
-  static constexpr int kStateSize = kRows * kHidden;
+  static constexpr int kStateStride = kHidden, kStateSize = kRows * kHidden;
   static constexpr size_t kSharedBytes = 2 * kStateSize * sizeof(float);
 
-  static __device__ __forceinline__ int state_index(int row, int unit) {
-    return row * kHidden + unit;
-  }
-
   __device__ __forceinline__ FfmaEngine()
-      : lane_(threadIdx.x % kLanes), units_(threadIdx.x / kLanes * kUnits) {}
+      : lane_(computed_once(static_cast<int>(threadIdx.x % kLanes))),
+        units_(threadIdx.x / kLanes * kUnits) {}
 
-  // The 2 * kBatch sums of four lanes, dealt out among them.
-  __device__ __forceinline__ int row(int e) const { return lane_ / 2 + 2 * e; }
-  __device__ __forceinline__ int unit(int e) const { return units_ + lane_ % 2; }
-  __device__ __forceinline__ bool owns(int e) const { return kBatch > 1 || lane_ < 2; }
+  __device__ __forceinline__ int row() const { return lane_ / 2; }
+  __device__ __forceinline__ int unit() const { return units_ + lane_ % 2; }
 
   /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j]. Lanes take turns at groups
   /// of four k, so that their reads of s make one.
@@ -45,7 +42,8 @@ class FfmaEngine {
     }
   }
 
-  __device__ __forceinline__ void multiply(const float* state, float (&sums)[kElements]) const {
+  __device__ __forceinline__ void multiply(const float* state,
+                                           float (&sums)[kThreadRows][kThreadUnits]) const {
     float parts[kBatch][kUnits] = {};
     FASTRNN_UNROLL
     for (int i = 0; i < kPart; i += 4) {
@@ -68,12 +66,11 @@ class FfmaEngine {
       }
     }
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      const int b = 2 * e;
-      const float even = parts[b][0], odd = parts[b][1];
-      sums[e] = lane_ % 2 == 0 ? even : odd;
-      if (kBatch > 1 && lane_ >= 2)
-        sums[e] = lane_ % 2 == 0 ? parts[b + (kBatch > 1)][0] : parts[b + (kBatch > 1)][1];
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int b = 2 * r, other = kBatch > 1 ? b + 1 : b;
+      const float first = lane_ % 2 == 0 ? parts[b][0] : parts[b][1];
+      const float second = lane_ % 2 == 0 ? parts[other][0] : parts[other][1];
+      sums[r][0] = lane_ < 2 ? first : second;
     }
   }
 

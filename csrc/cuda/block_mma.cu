@@ -22,31 +22,27 @@ class MmaEngine {
   static constexpr MmaSizes kSizes = kMmaSizes[kSize];
   static constexpr int kTiles = kSizes.tiles(), kOwn = kSizes.own;
   static constexpr int kInRegisters = kSizes.in_registers, kStaged = kSizes.staged();
-  static constexpr int kPlaces = kSizes.places(), kStride = kSizes.row_stride();
+  static constexpr int kPlaces = kSizes.places();
+  static_assert(kTiles % kOwn == 0);
 
  public:
   using Element = T;
-  static constexpr int kRows = 8, kElements = 4 * kOwn, kThreads = kSizes.threads();
+  static constexpr int kRows = 8, kThreads = kSizes.threads();
+  static constexpr int kThreadRows = 2, kRowStep = 1, kThreadUnits = 2 * kOwn, kUnitStep = 8;
   // The product of a small layer ends before a load from the L2 cache would; that of a large one
   // does not, and leaves few registers.
   static constexpr int kDepth = kTiles <= 8 ? 4 : kTiles <= 16 ? 2 : 1;
-  static constexpr int kStateSize = kRows * kStride;
+  static constexpr int kStateStride = kSizes.row_stride(), kStateSize = kRows * kStateStride;
   static constexpr size_t kSharedBytes = kSizes.shared_bytes();
 
-  static __device__ __forceinline__ int state_index(int row, int unit) {
-    return row * kStride + unit;
-  }
+  __device__ __forceinline__ MmaEngine()
+      : lane_(computed_once(static_cast<int>(threadIdx.x % 32))),
+        warp_(threadIdx.x / 32),
+        operand_(computed_once(lane_ / 4 * kStateStride + lane_ % 4 * 2)) {}
 
-  __device__ __forceinline__ MmaEngine() : lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
-
-  // Element e of a thread: see mma() in primitives.cuh.
-  __device__ __forceinline__ int row(int e) const { return lane_ % 4 * 2 + e % 2; }
-  __device__ __forceinline__ int unit(int e) const {
-    return (warp_ * kOwn + e / 4) * 16 + lane_ / 4 + 8 * (e % 4 / 2);
-  }
-  __device__ __forceinline__ bool owns(int e) const {
-    return kTiles % kOwn == 0 || warp_ * kOwn + e / 4 < kTiles;
-  }
+  // A thread's first element: see mma() in primitives.cuh.
+  __device__ __forceinline__ int row() const { return lane_ % 4 * 2; }
+  __device__ __forceinline__ int unit() const { return warp_ * kOwn * 16 + lane_ / 4; }
 
   /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j]. All go by way of this
   /// lane's places in shared memory: unrolled, the loads would need more registers than there are.
@@ -64,13 +60,14 @@ class MmaEngine {
     store_fragments(w, H, transposed, kInRegisters, kTiles);
   }
 
-  __device__ __forceinline__ void multiply(const T* state, float (&sums)[kElements]) const {
+  __device__ __forceinline__ void multiply(const T* state,
+                                           float (&sums)[kThreadRows][kThreadUnits]) const {
     // Several sums for each tile: an mma waits for the one before it that adds to the same.
     constexpr int kSums = kTiles < 2 ? 1 : kOwn == 1 && kTiles >= 4 ? 4 : 2;
     float parts[kOwn][kSums][4] = {};
     FASTRNN_UNROLL
     for (int k = 0; k < kTiles; ++k) {
-      const T* const s = state + lane_ / 4 * kStride + 16 * k + lane_ % 4 * 2;
+      const T* const s = state + operand_ + 16 * k;
       const uint32_t operand[2] = {pair_at(s), pair_at(s + 8)};
       FASTRNN_UNROLL
       for (int m = 0; m < kOwn; ++m) {
@@ -81,10 +78,11 @@ class MmaEngine {
       }
     }
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      sums[e] = parts[e / 4][0][e % 4];
+    for (int i = 0; i < 4 * kOwn; ++i) {
+      float& sum = sums[i % 2][i / 2];
+      sum = parts[i / 4][0][i % 4];
       FASTRNN_UNROLL
-      for (int p = 1; p < kSums; ++p) sums[e] += parts[e / 4][p][e % 4];
+      for (int p = 1; p < kSums; ++p) sum += parts[i / 4][p][i % 4];
     }
   }
 
@@ -121,6 +119,7 @@ class MmaEngine {
   }
 
   const int lane_, warp_;
+  const int operand_;  // where this lane's part of an mma's second operand begins in s
   Fragment w_[kOwn][kInRegisters];
 };
 

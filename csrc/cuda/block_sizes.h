@@ -10,12 +10,12 @@ namespace fastrnn::cuda {
 
 /// An engine of block_mma.cu, for layers of up to `hidden` units.
 struct MmaSizes {
-  int hidden;        // a multiple of 16: `tiles` of 16 units
-  int own;           // tiles of units that each warp computes; every warp reads all of s
+  int hidden;  // a multiple of 16: `tiles` of 16 units
+  int own;     // tiles of units that each warp computes, a part of all; every warp reads all of s
   int in_registers;  // tiles along k whose weights registers hold; shared memory has the others'
 
   constexpr int tiles() const { return hidden / 16; }
-  constexpr int threads() const { return 32 * ((tiles() + own - 1) / own); }
+  constexpr int threads() const { return 32 * tiles() / own; }
   /// Tiles of weights that pass through shared memory at a time on their way to registers.
   constexpr int staged() const { return in_registers < 8 ? in_registers : 8; }
   /// Tiles of weights in shared memory, for each tile of units.
