@@ -46,6 +46,7 @@ struct Walk {
   }
 
   __device__ __forceinline__ bool packed() const { return steps.first_row != nullptr; }
+  __device__ __forceinline__ int64_t step(int i) const { return first + i * stride; }
   /// Rows of the batch that are alive at step t.
   __device__ __forceinline__ int64_t rows(int64_t t) const {
     return packed() ? steps.first_row[t + 1] - steps.first_row[t] : steps.B;
@@ -83,6 +84,7 @@ class BlockRecurrence {
     fill_state();
     load_bias();
     load_input_weights();
+    load_offsets(0);
     unsigned before = kBackward && walk_.count > 0 ? among(walk_.rows_before()) : 0;
     Inputs inputs[kDepth];
     FASTRNN_UNROLL
@@ -232,12 +234,21 @@ class BlockRecurrence {
     }
   }
 
-  /// The inputs of the walk's step number i, zero where there are none.
-  __device__ __forceinline__ void load(int i, Inputs& in) const {
+  /// Of the walk's step number i in packed data: what load() needs to know where to read.
+  __device__ __forceinline__ void load_offsets(int i) {
+    if (!walk_.packed() || i >= walk_.count) return;
+    const int64_t* const first_row = walk_.steps.first_row + walk_.step(i);
+    first_row_ = first_row[0];
+    end_row_ = first_row[1];
+  }
+
+  /// The inputs of the walk's step number i, zero where there are none. Its offsets have been
+  /// loaded a step before, those of the next one are now.
+  __device__ __forceinline__ void load(int i, Inputs& in) {
     if (i >= walk_.count) return;
-    const int64_t t = walk_.first + i * walk_.stride;
-    in.position = walk_.packed() ? walk_.steps.first_row[t] : t;
-    in.alive = walk_.packed() ? among(walk_.rows(t)) : all_;
+    in.position = walk_.packed() ? first_row_ : walk_.step(i);
+    in.alive = walk_.packed() ? among(end_row_ - first_row_) : all_;
+    load_offsets(i + 1);
     const Addend* addend[kRows];
     const Element *x[kRows], *y[kRows];
     if (kFeatures == 0) addend_.at(in.position, addend);
@@ -323,6 +334,7 @@ class BlockRecurrence {
   const int I_, H_;
   const Walk walk_;
   Engine engine_;
+  int64_t first_row_ = 0, end_row_ = 0;  // packed: rows of the step to be loaded next
   const Part addend_, x_, y_, out_;
   const unsigned columns_, all_;  // elements whose unit exists, and whose row does, too
   Element* const state_;          // in shared memory: two buffers of s, ...
