@@ -65,9 +65,10 @@ def cases():
     """Those of the grid that are not large, and sizes around those at which the kernels change."""
     work = [(case, sum(case.lengths or [case.T * case.B]) * case.H**2) for case in testing.grid()]
     result = [case for case, multiplications in work if multiplications < 4e6]
-    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 256, 257, 330, 385):
-        for B, I, bi in ((1, 2, False), (9, 7, True)):
+    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 223, 256, 257, 330, 385):
+        for B, I, bi in ((1, 2, False), (9, 7, True), (7, 3, False)):
             result.append(testing.Case(5, B, I, H, bidirectional=bi, hx=bi, batch_first=bi))
+    result.append(testing.Case(0, 0, 2, 255, bidirectional=True, lengths=(6, 3, 3, 1, 1)))
     return result + EMPTY
 
 

@@ -32,7 +32,11 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
         (H100, torch.float32, (512, 300, 128, 1), 1, 4),
         (H100, torch.float32, (512, 8 * 4 * 132, 128, 1), 1, 4),
         (H100, torch.float32, (512, 8 * 4 * 132 + 1, 128, 1), 0, 4),
-        (H100, torch.float32, (512, 16, 193, 1), 0, 1),
+        (H100, torch.float32, (512, 16, 256, 1), 1, 1),
+        (H100, torch.float32, (512, 16, 257, 1), 0, 1),
+        (RTX_3090, torch.float32, (512, 16, 255, 1), 1, 1),
+        (RTX_3090, torch.float32, (512, 164, 193, 1), 0, 2),  # another row does not fit
+        (RTX_3090, torch.float32, (512, 164, 192, 1), 1, 2),
         (H100, torch.float32, (1, 16, 64, 1), 0, 1),
         (H100, torch.float64, (512, 16, 64, 1), 0, 1),
         (H100, torch.float16, (512, 16, 384, 1), 1, 1),
@@ -54,7 +58,7 @@ def test_the_tier_can_be_chosen_where_it_can_run(monkeypatch):
         return plan(H100, *sizes)["tier"]
 
     monkeypatch.setenv("FASTRNN_CUDA_TIER", "1")
-    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 193)] == [1, 1, 0]
+    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 257)] == [1, 1, 0]
     monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
     assert tier(512, 16, 64) == 0
 

@@ -35,7 +35,26 @@ constexpr MmaSizes kMmaSizes[] = {
     {32, 1, 2}, {64, 1, 4}, {128, 2, 8}, {192, 2, 12}, {256, 2, 16}, {320, 2, 9}, {384, 2, 10},
 };
 
-/// H of the largest engine of block_ffma.cu.
-constexpr int kMaxFfmaHidden = 192;
+/// An engine of block_ffma.cu, for layers of up to `hidden` units.
+struct FfmaSizes {
+  int hidden;
+  int units;         // that four lanes share, 2 or 4
+  int in_registers;  // of the hidden / 4 weights of a unit that each lane has; shared memory has
+                     // the others
+
+  constexpr int part() const { return hidden / 4; }
+  constexpr int threads() const { return hidden / units * 4; }
+  constexpr int state_bytes(int rows) const { return 2 * rows * hidden * 4; }
+  constexpr int shared_bytes(int rows) const {
+    return state_bytes(rows) + (part() - in_registers) * units * threads() * 4;
+  }
+};
+
+/// By size. The largest keeps more registers for weights by having fewer threads.
+constexpr FfmaSizes kFfmaSizes[] = {
+    {32, 2, 8}, {64, 2, 16}, {128, 2, 32}, {192, 2, 48}, {256, 4, 40},
+};
+/// Most rows of the batch in a block.
+constexpr int kFfmaRows = 4;
 
 }  // namespace fastrnn::cuda
