@@ -141,3 +141,13 @@ def test_the_engine_is_what_ran(engine):
     case = testing.Case(3, 2, 3, 20)
     testing.run(case.module(fastrnn.RNN, torch.float32), case, torch.float32)
     assert engine.operators == ["rnn_forward", "rnn_backward"]
+
+
+@pytest.mark.parametrize("I, lengths, more", [(2, None, 0), (2, (5, 4), 1), (7, (5, 4), 1)])
+def test_a_layer_is_one_launch_and_batch_sizes_travel_once(engine, I, lengths, more):
+    case = testing.Case(3, 2, I, 20, 3, lengths=lengths, bidirectional=True)
+    module, (x, _) = case.module(fastrnn.RNN, torch.float32), case.arguments(torch.float32)
+    before = engine.launches()
+    with torch.no_grad():
+        module(pack_sequence(x) if lengths else x[0])
+    assert engine.launches() - before == case.num_layers + more
