@@ -11,7 +11,7 @@ namespace fastrnn::cuda {
 
 namespace {
 
-/// kBatch: rows of the batch in a block, 1, 2 or 4.
+/// Of size kFfmaSizes[kSize]. kBatch: rows of the batch in a block, 1, 2 or 4.
 template <int kSize, int kBatch>
 class FfmaEngine {
   static constexpr FfmaSizes kSizes = kFfmaSizes[kSize];

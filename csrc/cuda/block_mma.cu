@@ -17,6 +17,7 @@ struct __align__(16) Fragment {
   uint32_t pair[4];
 };
 
+/// Of size kMmaSizes[kSize].
 template <typename T, int kSize>
 class MmaEngine {
   static constexpr MmaSizes kSizes = kMmaSizes[kSize];

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1: one block of threads keeps W_hh in registers and walks through all steps with a few rows
-// of the batch. Blocks never talk to one another; the batch is split over the multiprocessors.
+// Tier 1: one block of threads keeps W_hh in registers, and of large layers a part in shared
+// memory, and walks through all steps with a few rows of the batch. Blocks never talk to one
+// another; the batch is split over the multiprocessors.
 //
 // An Engine is the product s W of one step: it says which of the sums [rows, H] each thread gets
 // and reads s from shared memory. A thread's sums, its "elements", are kThreadRows rows, kRowStep
