@@ -101,9 +101,11 @@ def decide_cuda(facts: Facts) -> tuple[bool, str]:
 
 
 def sources(root: Path, cuda: bool) -> list[str]:
-    """Every source under csrc/; without those in csrc/cuda/ unless the CUDA part is built."""
+    """Every source under csrc/; of csrc/cuda/ the plan alone unless the CUDA part is built."""
     found = [p.relative_to(root) for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")]
-    return sorted(p.as_posix() for p in found if cuda or p.parts[1] != "cuda")
+    return sorted(
+        p.as_posix() for p in found if cuda or p.parts[1] != "cuda" or p.name == "plan.cpp"
+    )
 
 
 def cxx_flags(cuda: bool, reason: str, debug: bool) -> list[str]:

@@ -14,15 +14,17 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 #include "cpu/products.h"
+#include "cuda/plan.h"
 #include "rnn.h"
 #ifdef FASTRNN_CUDA
-#include "cuda/layer_common.h"
+#include "cuda/layer_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -69,14 +71,23 @@ bool is_plain_eager() {
          !torch::jit::tracer::isTracing();
 }
 
+constexpr const char* kDescribeGpu = "describe one by major, multiprocessors and shared_bytes";
+
 #ifdef FASTRNN_CUDA
 constexpr bool kHasCuda = true;
 bool is_on_fused_gpu(const at::Tensor& t) {
   return t.is_cuda() && fastrnn::cuda::runs_on(t.get_device());
 }
+fastrnn::cuda::Gpu current_gpu() {
+  TORCH_CHECK(at::hasCUDA(), "cuda_plan: there is no GPU here; ", kDescribeGpu);
+  return fastrnn::cuda::current_gpu();
+}
 #else
 constexpr bool kHasCuda = false;
 bool is_on_fused_gpu(const at::Tensor&) { return false; }
+fastrnn::cuda::Gpu current_gpu() {
+  TORCH_CHECK(false, "cuda_plan: built without CUDA, fastrnn knows no GPU; ", kDescribeGpu);
+}
 #endif
 
 bool is_plain_tensor(PyObject* object) {
@@ -139,16 +150,25 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   return result;
 }
 
-#ifdef FASTRNN_CUDA
+/// On the GPU described, or the current one; what is not described is that of the current one.
 py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                   int64_t element_size) {
+                   int64_t element_size, std::optional<int> major,
+                   std::optional<int> multiprocessors, std::optional<int64_t> shared_bytes) {
   TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && (directions == 1 || directions == 2),
                     "cuda_plan: T must be positive, B, I and H not negative, directions 1 or 2");
+  TORCH_CHECK_VALUE(element_size == 2 || element_size == 4 || element_size == 8,
+                    "cuda_plan: element_size must be 2, 4 or 8");
+  TORCH_CHECK_VALUE(multiprocessors.value_or(1) > 0, "cuda_plan: multiprocessors must be positive");
   namespace cuda = fastrnn::cuda;
   const cuda::Type type = element_size == 8   ? cuda::Type::kDouble
                           : element_size == 4 ? cuda::Type::kFloat
                                               : cuda::Type::kHalf;
-  const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, cuda::current_gpu());
+  const bool described = major && multiprocessors && shared_bytes;
+  cuda::Gpu gpu = described ? cuda::Gpu() : current_gpu();
+  gpu.major = major.value_or(gpu.major);
+  gpu.multiprocessors = multiprocessors.value_or(gpu.multiprocessors);
+  gpu.shared_bytes = shared_bytes.value_or(gpu.shared_bytes);
+  const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, gpu);
   py::dict result;
   result["tier"] = static_cast<int>(plan.tier);
   result["block_rows"] = plan.block_rows;
@@ -156,7 +176,6 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t direction
   result["chunk_steps"] = plan.chunk_steps;
   return result;
 }
-#endif
 
 }  // namespace
 
@@ -177,9 +196,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4, py::arg("hx") = false,
         "How one layer of this shape runs on the CPU with the current number of threads.");
-#ifdef FASTRNN_CUDA
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
-        "How one layer of this shape runs on the current GPU.");
-#endif
+        py::kw_only(), py::arg("major") = py::none(), py::arg("multiprocessors") = py::none(),
+        py::arg("shared_bytes") = py::none(),
+        "How one layer of this shape runs on a GPU of these properties, or on the current one: "
+        "major of its compute capability, its multiprocessors, shared memory of a block.");
 }

@@ -23,5 +23,14 @@ def cpu_plan(
     T: int, B: int, I: int, H: int, directions: int = 1, element_size: int = 4, hx: bool = False
 ) -> dict[str, Any]: ...
 def cuda_plan(
-    T: int, B: int, I: int, H: int, directions: int = 1, element_size: int = 4
-) -> dict[str, Any]: ...  # in a build with CUDA
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    directions: int = 1,
+    element_size: int = 4,
+    *,
+    major: int | None = None,
+    multiprocessors: int | None = None,
+    shared_bytes: int | None = None,
+) -> dict[str, Any]: ...

@@ -12,13 +12,17 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastrnn
-from fastrnn import _extension
+from fastrnn import _extension, functional
+
+#: (T, B, I, H) of the layers whose plan on the CPU is reported, in float32.
+SHAPES = ((100, 1, 64, 64), (100, 32, 128, 128), (50, 64, 512, 512))
 
 ENVIRONMENT = (
     "ATEN_CPU_CAPABILITY",
@@ -147,6 +151,52 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def _cpu_plan() -> dict[str, str] | None:
+    """How layers of SHAPES run: what the plan says yes to, and the parts of the batch."""
+    if _extension.load_error is not None:
+        return None
+    from fastrnn import _C
+
+    plans = {}
+    for shape in SHAPES:
+        plan = _C.cpu_plan(*shape)
+        taken = [name.replace("_", " ") for name, value in plan.items() if value is True]
+        plans[str(shape)] = " + ".join([*taken, f"row blocks {plan['row_blocks']}"])
+    return plans
+
+
+def _cuda_plan() -> list[str] | str | None:
+    """The tiers of docs/cuda.md that each GPU takes, by dtype and H."""
+    if _extension.load_error is not None:
+        return None
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [_tiers_of(gpu) for gpu in gpus] or "no GPU"
+
+
+def _tiers_of(gpu: torch.device) -> str:
+    """A long sequence's tiers on a GPU, the largest H of each."""
+    from fastrnn import _C
+
+    if not functional._is_fused_device(gpu):
+        return f"{gpu} PyTorch's own path"
+    facts: Any = torch.cuda.get_device_properties(gpu)  # its stub lacks an attribute
+
+    def tier(H: int, element_size: int) -> Any:
+        return _C.cuda_plan(
+            512, 1, 512, H, element_size=element_size,
+            major=facts.major, multiprocessors=facts.multi_processor_count,
+            shared_bytes=facts.shared_memory_per_block_optin,
+        )["tier"]  # fmt: skip
+
+    dtypes = []
+    for dtype, size in (("float64", 8), ("float32", 4), ("16 bits", 2)):
+        ranges = groupby(range(1, 4097), lambda H, size=size: tier(H, size))  # type: ignore[misc]
+        *limited, (rest, _) = [(number, max(group)) for number, group in ranges]
+        shown = [f"tier {number} to H = {last}" for number, last in limited]
+        dtypes.append(" ".join([dtype, *shown, f"tier {rest}{' above' if shown else ''}"]))
+    return f"{gpu} {', '.join(dtypes)}"
+
+
 def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
@@ -165,6 +215,8 @@ _PROBES: dict[str, Callable[[], Any]] = {
     "extension": _extension_state,
     "build": _build,
     "cpu_capability": _cpu_capability,
+    "cpu_plan": _cpu_plan,
+    "cuda_plan": _cuda_plan,
     "environment": _environment,
 }
 

@@ -97,26 +97,9 @@ BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
                          guarded.copy(layer_outputs), options, needs);
 }
 
-/// plan_layer's decisions, on any GPU: tier, rows of a block, steps of a chunk.
-std::vector<int64_t> plan_on_host(int64_t T, int64_t B, int64_t H, int64_t directions,
-                                  at::ScalarType dtype, int64_t major, int64_t multiprocessors,
-                                  int64_t shared_bytes) {
-  cuda::Gpu gpu;
-  gpu.major = static_cast<int>(major);
-  gpu.multiprocessors = static_cast<int>(multiprocessors);
-  gpu.shared_bytes = shared_bytes;
-  const cuda::Plan plan =
-      cuda::plan_layer({T, B, /*I=*/8, H, directions, cuda::type_of(dtype)}, gpu);
-  return {static_cast<int64_t>(plan.tier), plan.block_rows, plan.chunk_steps};
-}
-
 }  // namespace
 
 TORCH_LIBRARY(fastrnn_cuda_host, m) {
-  m.def(
-      "plan(int T, int B, int H, int directions, ScalarType dtype, int major, "
-      "int multiprocessors, int shared_bytes) -> int[]",
-      plan_on_host);
   m.def(
       "rnn_forward(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
       "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep) "

@@ -65,9 +65,10 @@ def cases():
     """Those of the grid that are not large, and sizes around those at which the kernels change."""
     work = [(case, sum(case.lengths or [case.T * case.B]) * case.H**2) for case in testing.grid()]
     result = [case for case, multiplications in work if multiplications < 4e6]
-    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 256, 257, 330, 385):
-        for B, I, bi in ((1, 2, False), (9, 7, True)):
+    for H in (16, 31, 33, 64, 65, 128, 129, 192, 193, 223, 256, 257, 330, 385):
+        for B, I, bi in ((1, 2, False), (9, 7, True), (7, 3, False)):
             result.append(testing.Case(5, B, I, H, bidirectional=bi, hx=bi, batch_first=bi))
+    result.append(testing.Case(0, 0, 2, 255, bidirectional=True, lengths=(6, 3, 3, 1, 1)))
     return result + EMPTY
 
 
@@ -142,54 +143,11 @@ def test_the_engine_is_what_ran(engine):
     assert engine.operators == ["rnn_forward", "rnn_backward"]
 
 
-H100, A100, RTX_3090 = (9, 132, 227 << 10), (8, 108, 163 << 10), (8, 82, 99 << 10)
-TURING = (7, 72, 64 << 10)
-
-
-@pytest.mark.parametrize(
-    "gpu, dtype, sizes, tier, rows",
-    [
-        # GPU, dtype, (T, B, H, directions), tier, rows of the batch in each block
-        (H100, torch.float32, (512, 1, 128, 1), 1, 1),
-        (H100, torch.float32, (512, 132, 128, 1), 1, 1),
-        (H100, torch.float32, (512, 133, 128, 1), 1, 2),
-        (H100, torch.float32, (512, 132, 128, 2), 1, 2),
-        (H100, torch.float32, (512, 300, 128, 1), 1, 4),
-        (H100, torch.float32, (512, 8 * 4 * 132, 128, 1), 1, 4),
-        (H100, torch.float32, (512, 8 * 4 * 132 + 1, 128, 1), 0, 4),
-        (H100, torch.float32, (512, 16, 193, 1), 0, 1),
-        (H100, torch.float32, (1, 16, 64, 1), 0, 1),
-        (H100, torch.float64, (512, 16, 64, 1), 0, 1),
-        (H100, torch.float16, (512, 16, 384, 1), 1, 1),
-        (H100, torch.bfloat16, (512, 16, 385, 1), 0, 1),
-        (A100, torch.bfloat16, (512, 16, 320, 1), 1, 1),
-        (A100, torch.bfloat16, (512, 16, 321, 1), 0, 1),
-        (RTX_3090, torch.bfloat16, (512, 16, 256, 1), 1, 1),
-        (RTX_3090, torch.bfloat16, (512, 16, 257, 1), 0, 1),
-        (TURING, torch.float16, (512, 16, 64, 1), 0, 1),
-    ],
-)
-def test_the_plan(library, gpu, dtype, sizes, tier, rows):
-    assert torch.ops.fastrnn_cuda_host.plan(*sizes, dtype, *gpu)[:2] == [tier, rows]
-
-
-def test_the_tier_can_be_chosen_where_it_can_run(library, monkeypatch):
-    def tier(*sizes):
-        return torch.ops.fastrnn_cuda_host.plan(*sizes, 1, torch.float32, *H100)[0]
-
-    monkeypatch.setenv("FASTRNN_CUDA_TIER", "1")
-    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 193)] == [1, 1, 0]
-    monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
-    assert tier(512, 16, 64) == 0
-
-
-def test_chunks_hold_a_quarter_of_the_sums_but_8_to_64_mib(library):
-    def steps(*sizes, dtype=torch.float32):
-        return torch.ops.fastrnn_cuda_host.plan(*sizes, dtype, *H100)[2]
-
-    assert steps(128, 64, 256, 1) == 128  # 8 MiB
-    assert steps(512, 64, 256, 1) == 128
-    assert steps(1024, 64, 256, 1) == steps(1024, 64, 256, 1, dtype=torch.float16) == 256
-    assert steps(10000, 64, 256, 1) == 1024
-    assert steps(10000, 64, 256, 2) == steps(10000, 64, 256, 1, dtype=torch.float64) == 512
-    assert steps(10, 1 << 20, 64, 1) == 1
+@pytest.mark.parametrize("I, lengths, more", [(2, None, 0), (2, (5, 4), 1), (7, (5, 4), 1)])
+def test_a_layer_is_one_launch_and_batch_sizes_travel_once(engine, I, lengths, more):
+    case = testing.Case(3, 2, I, 20, 3, lengths=lengths, bidirectional=True)
+    module, (x, _) = case.module(fastrnn.RNN, torch.float32), case.arguments(torch.float32)
+    before = engine.launches()
+    with torch.no_grad():
+        module(pack_sequence(x) if lengths else x[0])
+    assert engine.launches() - before == case.num_layers + more

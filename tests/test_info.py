@@ -10,12 +10,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastrnn
-from fastrnn import info
+from fastrnn import functional, info
 
 REASON = "undefined symbol: made up by the test"
 
@@ -146,6 +147,36 @@ def test_json_has_the_cpu_capability_in_use(report):
     assert not report["cpu_capability"]["torch"].startswith("AVX")
 
 
+def test_json_has_how_layers_of_a_few_shapes_run_on_the_cpu(report):
+    assert list(report["cpu_plan"]) == [str(shape) for shape in info.SHAPES]
+    small = report["cpu_plan"][str(info.SHAPES[0])]
+    plan = fastrnn._C.cpu_plan(*info.SHAPES[0])
+    for name in (name for name, value in plan.items() if isinstance(value, bool)):
+        assert (name.replace("_", " ") in small) == plan[name]
+    assert small.endswith("row blocks 1")  # OMP_NUM_THREADS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_text_says_that_there_is_no_gpu_to_plan_for(text):
+    assert any(line.split() == ["cuda", "plan", "no", "GPU"] for line in text.splitlines())
+
+
+def test_every_gpu_has_the_largest_hidden_size_of_each_tier_and_dtype(monkeypatch):
+    a100 = SimpleNamespace(
+        major=8, multi_processor_count=108, shared_memory_per_block_optin=163 << 10
+    )
+    monkeypatch.delenv("FASTRNN_CUDA_TIER", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: a100)
+    monkeypatch.setattr(functional, "_is_fused_device", lambda gpu: gpu.index == 0)
+    newer, older = info._cuda_plan()
+    assert newer == (
+        "cuda:0 float64 tier 0, float32 tier 1 to H = 256 tier 0 above, "
+        "16 bits tier 1 to H = 320 tier 0 above"
+    )
+    assert older == "cuda:1 PyTorch's own path"
+
+
 def test_json_has_the_variables_that_are_set_and_no_others(report):
     assert report["environment"] == {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
 
@@ -175,6 +206,7 @@ def test_without_the_extension_all_other_facts_are_there(report, report_without_
     assert report_without_extension["torch"] == torch.__version__
     assert report_without_extension["build"] is None
     assert report_without_extension["cpu_capability"]["fastrnn"] is None
+    assert report_without_extension["cpu_plan"] is report_without_extension["cuda_plan"] is None
 
 
 def test_without_the_extension_the_first_call_raises_the_reason_and_what_to_do():

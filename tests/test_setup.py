@@ -141,15 +141,15 @@ def test_without_cuda_in_torch_no_toolkit_is_looked_at(monkeypatch):
     assert (facts.torch_cuda, facts.nvcc, facts.headers) == (None, None, False)
 
 
-def test_sources_of_the_cuda_part_are_left_out_of_a_build_without_it(tmp_path):
+def test_a_build_without_the_cuda_part_has_of_its_sources_the_plan_alone(tmp_path):
     files = ["csrc/a.cpp", "csrc/a.h", "csrc/cpu/b.cpp", "csrc/cuda/c.cpp", "csrc/cuda/d.cu"]
-    files.append("csrc/cuda/e.cuh")
+    files += ["csrc/cuda/e.cuh", "csrc/cuda/plan.cpp"]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    without = ["csrc/a.cpp", "csrc/cpu/b.cpp"]
-    assert setup.sources(tmp_path, cuda=False) == without
-    assert setup.sources(tmp_path, cuda=True) == [*without, "csrc/cuda/c.cpp", "csrc/cuda/d.cu"]
+    cpu, plan = ["csrc/a.cpp", "csrc/cpu/b.cpp"], "csrc/cuda/plan.cpp"
+    assert setup.sources(tmp_path, cuda=False) == [*cpu, plan]
+    assert setup.sources(tmp_path, cuda=True) == [*cpu, "csrc/cuda/c.cpp", "csrc/cuda/d.cu", plan]
 
 
 def test_no_two_sources_have_the_same_object_file():
@@ -183,7 +183,8 @@ def test_the_kind_of_extension_follows_the_decision(monkeypatch, cuda):
     assert kind == ("CUDAExtension" if cuda else "CppExtension")
     assert name == "fastrnn._C"
     assert any(source.startswith("csrc/cpu/") for source in sources)
-    assert cuda or not any(source.startswith("csrc/cuda/") for source in sources)
+    of_cuda = [source for source in sources if source.startswith("csrc/cuda/")]
+    assert cuda == (len(of_cuda) > 1)
     assert ("-DFASTRNN_CUDA=1" in options["extra_compile_args"]["cxx"]) == cuda
 
 

@@ -1,98 +1,159 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1 in float, by ordinary multiply-adds. Four neighbouring lanes share two units of the layer:
-// each holds a quarter of their weights and adds up that part of the sums.
+// Tier 1 in float, by ordinary multiply-adds. Four neighbouring lanes share two or four units of
+// the layer: each holds a quarter of their weights and adds up that part of the sums.
+#include <iterator>
+
 #include "block_recurrence.cuh"
+#include "block_sizes.h"
 
 namespace fastrnn::cuda {
 
 namespace {
 
-/// kHidden: H, rounded up. kBatch: rows of the batch in a block.
-template <int kHidden, int kBatch>
+/// Of size kFfmaSizes[kSize]. kBatch: rows of the batch in a block, 1, 2 or 4.
+template <int kSize, int kBatch>
 class FfmaEngine {
+  static constexpr FfmaSizes kSizes = kFfmaSizes[kSize];
+  static constexpr int kLanes = 4, kUnits = kSizes.units, kPart = kSizes.part();
+  static constexpr int kInRegisters = kSizes.in_registers;
+
  public:
   using Element = float;
-  static constexpr int kRows = kBatch, kLanes = 4, kUnits = 2;
-  static constexpr int kElements = kBatch <= 2 ? 1 : kBatch / 2;
-  static constexpr int kThreads = kHidden / kUnits * kLanes;
-  static constexpr int kDepth = kHidden > 128 ? 3 : 4;  // registers are few there
-  static constexpr int kStateSize = kRows * kHidden;
-  static constexpr size_t kSharedBytes = 2 * kStateSize * sizeof(float);
-
-  static __device__ __forceinline__ int state_index(int row, int unit) {
-    return row * kHidden + unit;
-  }
+  static constexpr int kRows = kBatch, kThreads = kSizes.threads();
+  // The sums of four lanes, dealt out among them: see deal(). Those of a single row of two units go
+  // to two of the lanes; the others' row is none.
+  static constexpr int kThreadRows = kBatch * kUnits <= kLanes ? 1 : kBatch * kUnits / kLanes;
+  static constexpr int kRowStep = kLanes / kUnits, kThreadUnits = 1, kUnitStep = 1;
+  // Registers are few in large layers.
+  static constexpr int kDepth = kSizes.hidden <= 128 ? 4 : kSizes.hidden <= 192 ? 3 : 2;
+  static constexpr int kStateStride = kSizes.hidden, kStateSize = kRows * kStateStride;
+  static constexpr size_t kSharedBytes = kSizes.shared_bytes(kBatch);
 
   __device__ __forceinline__ FfmaEngine()
-      : lane_(threadIdx.x % kLanes), units_(threadIdx.x / kLanes * kUnits) {}
+      : lane_(computed_once(static_cast<int>(threadIdx.x % kLanes))),
+        units_(threadIdx.x / kLanes * kUnits) {}
 
-  // The 2 * kBatch sums of four lanes, dealt out among them.
-  __device__ __forceinline__ int row(int e) const { return lane_ / 2 + 2 * e; }
-  __device__ __forceinline__ int unit(int e) const { return units_ + lane_ % 2; }
-  __device__ __forceinline__ bool owns(int e) const { return kBatch > 1 || lane_ < 2; }
+  __device__ __forceinline__ int row() const { return lane_ / kUnits; }
+  __device__ __forceinline__ int unit() const { return units_ + lane_ % kUnits; }
 
   /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j]. Lanes take turns at groups
-  /// of four k, so that their reads of s make one.
+  /// of four k, so that their reads of s make one. Where shared memory has a part, all go by way of
+  /// it: unrolled, so many loads would need more registers than there are.
   __device__ __forceinline__ void load_weights(const float* w, int H, bool transposed) {
+    constexpr int kInShared = kPart - kInRegisters, kTurn = kInShared > 0 ? kInShared : kPart;
     FASTRNN_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
-      FASTRNN_UNROLL
-      for (int i = 0; i < kPart; ++i) {
-        const int unit = units_ + u, k = i / 4 * 4 * kLanes + lane_ * 4 + i % 4;
-        w_[u][i] = unit >= H || k >= H ? 0 : transposed ? w[k * H + unit] : w[unit * H + k];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void multiply(const float* state, float (&sums)[kElements]) const {
-    float parts[kBatch][kUnits] = {};
-    FASTRNN_UNROLL
-    for (int i = 0; i < kPart; i += 4) {
-      FASTRNN_UNROLL
-      for (int b = 0; b < kBatch; ++b) {
-        const Four s = *reinterpret_cast<const Four*>(state + b * kHidden + i * kLanes + lane_ * 4);
-        FASTRNN_UNROLL
-        for (int u = 0; u < kUnits; ++u) {
-          FASTRNN_UNROLL
-          for (int c = 0; c < 4; ++c) parts[b][u] += w_[u][i + c] * s.number[c];
-        }
-      }
-    }
-    FASTRNN_UNROLL
-    for (int b = 0; b < kBatch; ++b) {
+    for (int begin = 0; begin < kInRegisters; begin += kTurn) {
+      const int end = begin + kTurn < kInRegisters ? begin + kTurn : kInRegisters;
+      if (kInShared > 0) store_weights(w, H, transposed, begin, end);
       FASTRNN_UNROLL
       for (int u = 0; u < kUnits; ++u) {
-        parts[b][u] += __shfl_xor_sync(0xffffffff, parts[b][u], 1);
-        parts[b][u] += __shfl_xor_sync(0xffffffff, parts[b][u], 2);
+        FASTRNN_UNROLL
+        for (int i = begin; i < end; ++i)
+          w_[u][i] =
+              kInShared > 0 ? place(u, i - begin)->number[i % 4] : weight(w, H, transposed, u, i);
       }
     }
+    store_weights(w, H, transposed, kInRegisters, kPart);
+  }
+
+  __device__ __forceinline__ void multiply(const float* state,
+                                           float (&sums)[kThreadRows][kThreadUnits]) const {
+    float parts[kBatch * kUnits] = {};
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      const int b = 2 * e;
-      const float even = parts[b][0], odd = parts[b][1];
-      sums[e] = lane_ % 2 == 0 ? even : odd;
-      if (kBatch > 1 && lane_ >= 2)
-        sums[e] = lane_ % 2 == 0 ? parts[b + (kBatch > 1)][0] : parts[b + (kBatch > 1)][1];
+    for (int i = 0; i < kInRegisters; i += 4) {
+      Four w[kUnits];
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        FASTRNN_UNROLL
+        for (int c = 0; c < 4; ++c) w[u].number[c] = w_[u][i + c];
+      }
+      add_products(state, i, w, parts);
     }
+    // Rolled for the same reason: all threads together are bound by what shared memory delivers.
+    FASTRNN_ROLLED
+    for (int i = kInRegisters; i < kPart; i += 4) {
+      Four w[kUnits];
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) w[u] = *place(u, i - kInRegisters);
+      add_products(state, i, w, parts);
+    }
+    deal(parts, sums);
   }
 
  private:
-  static constexpr int kPart = kHidden / kLanes;  // weights of a unit in each lane
   struct __align__(16) Four {
     float number[4];
   };
 
+  /// Adds to every sum the products with weights i to i + 3.
+  __device__ __forceinline__ void add_products(const float* state, int i, const Four (&w)[kUnits],
+                                               float (&parts)[kBatch * kUnits]) const {
+    FASTRNN_UNROLL
+    for (int b = 0; b < kBatch; ++b) {
+      const Four s =
+          *reinterpret_cast<const Four*>(state + b * kStateStride + i * kLanes + lane_ * 4);
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) {
+        FASTRNN_UNROLL
+        for (int c = 0; c < 4; ++c) parts[b * kUnits + u] += w[u].number[c] * s.number[c];
+      }
+    }
+  }
+
+  /// Adds up what four lanes have of each sum. Twice, two lanes exchange half of their sums, so
+  /// that lane l ends with those numbered l, l + 4, ...; where one is left, both keep it.
+  __device__ __forceinline__ void deal(float (&parts)[kBatch * kUnits],
+                                       float (&sums)[kThreadRows][kThreadUnits]) const {
+    int count = kBatch * kUnits;
+    FASTRNN_UNROLL
+    for (int bit = 1; bit < kLanes; bit *= 2) {
+      const bool odd = (lane_ & bit) != 0;
+      if (count == 1) parts[0] += __shfl_xor_sync(0xffffffff, parts[0], bit);
+      FASTRNN_UNROLL
+      for (int i = 0; i + 1 < count; i += 2) {
+        const float mine = odd ? parts[i + 1] : parts[i], other = odd ? parts[i] : parts[i + 1];
+        parts[i / 2] = mine + __shfl_xor_sync(0xffffffff, other, bit);
+      }
+      count = count > 1 ? count / 2 : 1;
+    }
+    FASTRNN_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) sums[r][0] = parts[r];
+  }
+
+  /// This lane's weight number i of its unit number u.
+  __device__ __forceinline__ float weight(const float* w, int H, bool transposed, int u,
+                                          int i) const {
+    const int unit = units_ + u, k = i / 4 * 4 * kLanes + lane_ * 4 + i % 4;
+    return unit >= H || k >= H ? 0 : transposed ? w[k * H + unit] : w[unit * H + k];
+  }
+  /// Weights [begin, end) of each unit to the thread's places in shared memory.
+  __device__ __forceinline__ void store_weights(const float* w, int H, bool transposed, int begin,
+                                                int end) const {
+    FASTRNN_ROLLED
+    for (int i = begin; i < end; ++i) {
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u)
+        place(u, i - begin)->number[i % 4] = weight(w, H, transposed, u, i);
+    }
+  }
+  /// The thread's place for weight number i of a unit and the three after it; lanes read side by
+  /// side.
+  __device__ __forceinline__ Four* place(int u, int i) const {
+    char* const start = static_cast<char*>(shared_memory()) + kSizes.state_bytes(kBatch);
+    return reinterpret_cast<Four*>(start) + (i / 4 * kUnits + u) * kThreads + threadIdx.x;
+  }
+
   const int lane_, units_;
-  float w_[kUnits][kPart];
+  float w_[kUnits][kInRegisters];
 };
 
-template <int kBatch>
+/// By the smallest engine for H units.
+template <int kBatch, int kSize = 0>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  if (args.H <= 32) return run_block_recurrence<FfmaEngine<32, kBatch>>(args, stream);
-  if (args.H <= 64) return run_block_recurrence<FfmaEngine<64, kBatch>>(args, stream);
-  if (args.H <= 128) return run_block_recurrence<FfmaEngine<128, kBatch>>(args, stream);
-  return run_block_recurrence<FfmaEngine<192, kBatch>>(args, stream);
+  if constexpr (kSize + 1 < static_cast<int>(std::size(kFfmaSizes)))
+    if (args.H > kFfmaSizes[kSize].hidden) return run<kBatch, kSize + 1>(args, stream);
+  return run_block_recurrence<FfmaEngine<kSize, kBatch>>(args, stream);
 }
 
 }  // namespace
@@ -104,7 +165,7 @@ const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream)
     case 2:
       return run<2>(args, stream);
     default:
-      return run<4>(args, stream);
+      return run<kFfmaRows>(args, stream);
   }
 }
 

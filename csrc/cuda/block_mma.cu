@@ -3,7 +3,10 @@
 // Tier 1 in 16 bits, on tensor cores. Per step and block, sums^T [H, 8] = W^T [H, H] s^T [H, 8]:
 // the weights are the mma's first operand, whose registers are loaded once, and eight rows of the
 // batch its second, so that one row costs what eight do.
+#include <iterator>
+
 #include "block_recurrence.cuh"
+#include "block_sizes.h"
 
 namespace fastrnn::cuda {
 
@@ -14,40 +17,33 @@ struct __align__(16) Fragment {
   uint32_t pair[4];
 };
 
-/// kTiles: H in tiles of 16. kOwn: tiles of 16 units that each warp computes; every warp reads all
-/// of s, so larger layers give two to each. kInRegisters: tiles along k whose weights registers
-/// hold; those of the others are in shared memory, in the order in which lanes read them.
-template <typename T, int kTiles, int kOwn, int kInRegisters = kTiles>
+/// Of size kMmaSizes[kSize].
+template <typename T, int kSize>
 class MmaEngine {
+  static constexpr MmaSizes kSizes = kMmaSizes[kSize];
+  static constexpr int kTiles = kSizes.tiles(), kOwn = kSizes.own;
+  static constexpr int kInRegisters = kSizes.in_registers, kStaged = kSizes.staged();
+  static constexpr int kPlaces = kSizes.places();
+  static_assert(kTiles % kOwn == 0);
+
  public:
   using Element = T;
-  static constexpr int kRows = 8, kElements = 4 * kOwn;
-  static constexpr int kThreads = 32 * ((kTiles + kOwn - 1) / kOwn);
+  static constexpr int kRows = 8, kThreads = kSizes.threads();
+  static constexpr int kThreadRows = 2, kRowStep = 1, kThreadUnits = 2 * kOwn, kUnitStep = 8;
   // The product of a small layer ends before a load from the L2 cache would; that of a large one
   // does not, and leaves few registers.
   static constexpr int kDepth = kTiles <= 8 ? 4 : kTiles <= 16 ? 2 : 1;
-  // Places for fragments in shared memory, of each tile that a warp computes.
-  static constexpr int kStaged = kInRegisters < 8 ? kInRegisters : 8;
-  static constexpr int kPlaces = kTiles - kInRegisters > kStaged ? kTiles - kInRegisters : kStaged;
-  // 16 bytes more than a row, so that the eight rows of a fragment lie in different banks.
-  static constexpr int kStride = 16 * kTiles + 8, kStateSize = kRows * kStride;
-  static constexpr size_t kStateBytes = 2 * kStateSize * sizeof(T);
-  static constexpr size_t kSharedBytes = kStateBytes + sizeof(Fragment) * kThreads * kOwn * kPlaces;
+  static constexpr int kStateStride = kSizes.row_stride(), kStateSize = kRows * kStateStride;
+  static constexpr size_t kSharedBytes = kSizes.shared_bytes();
 
-  static __device__ __forceinline__ int state_index(int row, int unit) {
-    return row * kStride + unit;
-  }
+  __device__ __forceinline__ MmaEngine()
+      : lane_(computed_once(static_cast<int>(threadIdx.x % 32))),
+        warp_(threadIdx.x / 32),
+        operand_(computed_once(lane_ / 4 * kStateStride + lane_ % 4 * 2)) {}
 
-  __device__ __forceinline__ MmaEngine() : lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
-
-  // Element e of a thread: see mma() in primitives.cuh.
-  __device__ __forceinline__ int row(int e) const { return lane_ % 4 * 2 + e % 2; }
-  __device__ __forceinline__ int unit(int e) const {
-    return (warp_ * kOwn + e / 4) * 16 + lane_ / 4 + 8 * (e % 4 / 2);
-  }
-  __device__ __forceinline__ bool owns(int e) const {
-    return kTiles % kOwn == 0 || warp_ * kOwn + e / 4 < kTiles;
-  }
+  // A thread's first element: see mma() in primitives.cuh.
+  __device__ __forceinline__ int row() const { return lane_ % 4 * 2; }
+  __device__ __forceinline__ int unit() const { return warp_ * kOwn * 16 + lane_ / 4; }
 
   /// Forward: sums_j = sum_k s_k W[j][k]; transposed: sum_k s_k W[k][j]. All go by way of this
   /// lane's places in shared memory: unrolled, the loads would need more registers than there are.
@@ -65,13 +61,14 @@ class MmaEngine {
     store_fragments(w, H, transposed, kInRegisters, kTiles);
   }
 
-  __device__ __forceinline__ void multiply(const T* state, float (&sums)[kElements]) const {
+  __device__ __forceinline__ void multiply(const T* state,
+                                           float (&sums)[kThreadRows][kThreadUnits]) const {
     // Several sums for each tile: an mma waits for the one before it that adds to the same.
     constexpr int kSums = kTiles < 2 ? 1 : kOwn == 1 && kTiles >= 4 ? 4 : 2;
     float parts[kOwn][kSums][4] = {};
     FASTRNN_UNROLL
     for (int k = 0; k < kTiles; ++k) {
-      const T* const s = state + lane_ / 4 * kStride + 16 * k + lane_ % 4 * 2;
+      const T* const s = state + operand_ + 16 * k;
       const uint32_t operand[2] = {pair_at(s), pair_at(s + 8)};
       FASTRNN_UNROLL
       for (int m = 0; m < kOwn; ++m) {
@@ -82,10 +79,11 @@ class MmaEngine {
       }
     }
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      sums[e] = parts[e / 4][0][e % 4];
+    for (int i = 0; i < 4 * kOwn; ++i) {
+      float& sum = sums[i % 2][i / 2];
+      sum = parts[i / 4][0][i % 4];
       FASTRNN_UNROLL
-      for (int p = 1; p < kSums; ++p) sums[e] += parts[e / 4][p][e % 4];
+      for (int p = 1; p < kSums; ++p) sum += parts[i / 4][p][i % 4];
     }
   }
 
@@ -117,47 +115,27 @@ class MmaEngine {
     }
   }
   __device__ __forceinline__ Fragment* place(int m, int k) const {
-    char* const start = static_cast<char*>(shared_memory()) + kStateBytes;
+    char* const start = static_cast<char*>(shared_memory()) + kSizes.state_bytes();
     return reinterpret_cast<Fragment*>(start) + ((warp_ * kOwn + m) * kPlaces + k) * 32 + lane_;
   }
 
   const int lane_, warp_;
+  const int operand_;  // where this lane's part of an mma's second operand begins in s
   Fragment w_[kOwn][kInRegisters];
 };
 
-template <class E>
-struct Use {
-  using Engine = E;
-};
-
-/// f with the smallest engine for H units.
-template <typename T, typename F>
-auto with_engine(int64_t H, const F& f) {
-  if (H <= 32) return f(Use<MmaEngine<T, 2, 1>>{});
-  if (H <= 64) return f(Use<MmaEngine<T, 4, 1>>{});
-  if (H <= 128) return f(Use<MmaEngine<T, 8, 2>>{});
-  if (H <= 192) return f(Use<MmaEngine<T, 12, 2>>{});
-  if (H <= 256) return f(Use<MmaEngine<T, 16, 2>>{});
-  if (H <= 320) return f(Use<MmaEngine<T, 20, 2, 9>>{});
-  return f(Use<MmaEngine<T, 24, 2, 10>>{});
-}
-
-template <typename T>
+/// By the smallest engine for H units.
+template <typename T, int kSize = 0>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  return with_engine<T>(args.H, [&](auto use) {
-    return run_block_recurrence<typename decltype(use)::Engine>(args, stream);
-  });
+  if constexpr (kSize + 1 < static_cast<int>(std::size(kMmaSizes)))
+    if (args.H > kMmaSizes[kSize].hidden) return run<T, kSize + 1>(args, stream);
+  return run_block_recurrence<MmaEngine<T, kSize>>(args, stream);
 }
 
 }  // namespace
 
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream) {
   return args.type == Type::kHalf ? run<Half>(args, stream) : run<BFloat16>(args, stream);
-}
-
-int64_t mma_shared_bytes(int64_t H) {
-  return with_engine<Half>(
-      H, [](auto use) { return static_cast<int64_t>(decltype(use)::Engine::kSharedBytes); });
 }
 
 }  // namespace fastrnn::cuda

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1: one block of threads keeps W_hh in registers and walks through all steps with a few rows
-// of the batch. Blocks never talk to one another; the batch is split over the multiprocessors.
+// Tier 1: one block of threads keeps W_hh in registers, and of large layers a part in shared
+// memory, and walks through all steps with a few rows of the batch. Blocks never talk to one
+// another; the batch is split over the multiprocessors.
 //
 // An Engine is the product s W of one step: it says which of the sums [rows, H] each thread gets
-// (its "elements") and reads s from shared memory. What surrounds the product is here, the same for
+// and reads s from shared memory. A thread's sums, its "elements", are kThreadRows rows, kRowStep
+// apart, of kThreadUnits units, kUnitStep apart. What surrounds the product is here, the same for
 // all engines and for forward and backward: each thread loads the addends of its elements some
 // steps ahead, adds and activates, writes s for the next step to the other one of two buffers, and
 // to the output. One barrier per step.
+//
+// Instructions between two products are what a small layer waits for: nothing that is the same in
+// all steps is computed in them, and no branch is taken but by all elements at once.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +22,7 @@
 
 namespace fastrnn::cuda {
 
-/// The walk of one block: which steps, and which of its rows are alive at them.
+/// The walk of one block: which steps, and which rows of the batch are alive at them.
 struct Walk {
   const Steps& steps;
   int count, first, stride;  // how many steps; the first one, 1 or -1 to the next
@@ -26,7 +31,7 @@ struct Walk {
       : steps(s), stride(d.descending ? -1 : 1) {
     // Rows are sorted by length: the steps at which the block's first row is alive are [0, alive).
     int64_t alive = d.end;
-    if (s.first_row != nullptr) {
+    if (packed()) {
       int64_t low = d.begin, high = d.end;
       while (low < high) {
         const int64_t middle = low + (high - low) / 2;
@@ -41,26 +46,20 @@ struct Walk {
     first = static_cast<int>(d.descending ? alive - 1 : d.begin);
   }
 
+  __device__ __forceinline__ bool packed() const { return steps.first_row != nullptr; }
   __device__ __forceinline__ int64_t step(int i) const { return first + i * stride; }
   /// Rows of the batch that are alive at step t.
   __device__ __forceinline__ int64_t rows(int64_t t) const {
-    return steps.first_row != nullptr ? steps.first_row[t + 1] - steps.first_row[t] : steps.B;
+    return packed() ? steps.first_row[t + 1] - steps.first_row[t] : steps.B;
   }
-  /// Of those, how many were alive at the step walked before step t.
-  __device__ __forceinline__ int64_t rows_before(int64_t t) const {
-    const int64_t before = t - stride;
+  /// Those at the step before the walk's first one.
+  __device__ __forceinline__ int64_t rows_before() const {
+    const int64_t before = first - stride;
     return before < 0 || before >= steps.T ? 0 : rows(before);
-  }
-  /// Row `row` of step t.
-  template <typename T>
-  __device__ __forceinline__ T* at(const Sequence& s, int64_t t, int64_t row) const {
-    const int64_t offset = steps.first_row != nullptr ? (steps.first_row[t] + row) * s.row_stride
-                                                      : t * s.step_stride + row * s.row_stride;
-    return static_cast<T*>(s.data) + offset;
   }
 };
 
-/// One thread's part of a block's walk. An element is one of its sums, of a row and a unit.
+/// One thread's part of a block's walk. Sets of its elements are bits: see bit().
 /// kFeatures: x is given in place of addends, and has so many features at most; else 0.
 template <class Engine, bool kBackward, int kFeatures>
 class BlockRecurrence {
@@ -72,13 +71,22 @@ class BlockRecurrence {
         I_(static_cast<int>(args.I)),
         H_(static_cast<int>(args.H)),
         walk_(args.steps, d_, row0_),
-        state_(static_cast<Element*>(shared_memory())) {}
+        addend_(part_of(d_.addend, sizeof(Addend), engine_.unit())),
+        x_(part_of(d_.x, sizeof(Element), 0)),
+        y_(part_of(d_.y, sizeof(Element), engine_.unit())),
+        out_(part_of(d_.out, sizeof(Element), engine_.unit())),
+        columns_(computed_once(columns())),
+        all_(computed_once(among(args.steps.B))),
+        state_(static_cast<Element*>(shared_memory())),
+        own_(computed_once(engine_.row() * Engine::kStateStride + engine_.unit())) {}
 
   __device__ __forceinline__ void run() {
     engine_.load_weights(static_cast<const Element*>(d_.w_hh), H_, /*transposed=*/kBackward);
     fill_state();
     load_bias();
     load_input_weights();
+    load_offsets(0);
+    unsigned before = kBackward && walk_.count > 0 ? among(walk_.rows_before()) : 0;
     Inputs inputs[kDepth];
     FASTRNN_UNROLL
     for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
@@ -87,7 +95,8 @@ class BlockRecurrence {
       FASTRNN_UNROLL
       for (int i = 0; i < kDepth; ++i) {
         if (base + i >= walk_.count) break;
-        step(walk_.step(base + i), (kDepth % 2 == 0 ? i : base + i) % 2, inputs[i]);
+        step((kDepth % 2 == 0 ? i : base + i) % 2, inputs[i], before);
+        before = inputs[i].alive;
         load(base + i + kDepth, inputs[i]);
         __syncthreads();
       }
@@ -98,39 +107,97 @@ class BlockRecurrence {
  private:
   using Element = typename Engine::Element;
   using Addend = std::conditional_t<kBackward, Element, float>;
-  static constexpr int kElements = Engine::kElements, kDepth = Engine::kDepth;
+  static constexpr int kRows = Engine::kThreadRows, kUnits = Engine::kThreadUnits;
+  static constexpr int kDepth = Engine::kDepth;
+
+  /// A sequence as the thread sees it.
+  struct Part {
+    char* start;        // its first element, at position 0
+    int64_t stride;     // bytes to the next position: a step, or in packed data a row
+    unsigned row_step;  // bytes to the thread's next row: 32 bits do
+
+    /// The first elements of the thread's rows.
+    template <typename T>
+    __device__ __forceinline__ void at(int64_t position, T* (&rows)[kRows]) const {
+      char* const first = start + position * stride;
+      FASTRNN_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        rows[r] = reinterpret_cast<T*>(computed_once(first + r * row_step));
+    }
+  };
 
   /// What the thread reads of one step, loaded ahead of it.
   struct Inputs {
-    Addend addend[kElements];
-    Element x[kElements][kFeatures + 1];  // one more, for there is no array of none
-    Element y[kElements];
+    int64_t position;  // of the step, in every sequence
+    unsigned alive;    // elements
+    Addend addend[kRows][kUnits];
+    Element x[kRows][kFeatures + 1];  // one more, for there is no array of none
+    Element y[kRows][kUnits];
   };
 
-  /// Of the first `rows` rows of the batch, those in this block.
-  __device__ __forceinline__ int in_this_block(int64_t rows) const {
-    const int64_t count = rows - row0_;
-    return static_cast<int>(count < Engine::kRows ? count : Engine::kRows);
+  /// The thread's element of its row number r and its unit number u.
+  static __device__ __forceinline__ unsigned bit(int r, int u) { return 1u << (r * kUnits + u); }
+  static __device__ __forceinline__ unsigned bits_of_row(int r) {
+    return ((1u << kUnits) - 1) << (r * kUnits);
   }
-  /// Whether element e exists among the block's first `rows` rows.
-  __device__ __forceinline__ bool is_in(int rows, int e) const {
-    return engine_.owns(e) && engine_.unit(e) < H_ && engine_.row(e) < rows;
+
+  __device__ __forceinline__ Part part_of(const Sequence& s, int64_t bytes, int unit) const {
+    const int64_t row = row0_ + engine_.row();
+    return {computed_once(static_cast<char*>(s.data) + (row * s.row_stride + unit) * bytes),
+            computed_once((walk_.packed() ? s.row_stride : s.step_stride) * bytes),
+            computed_once(static_cast<unsigned>(Engine::kRowStep * s.row_stride * bytes))};
   }
-  /// Where element e is: in a contiguous [B, H] tensor, ...
-  __device__ __forceinline__ int64_t batch_place(int e) const {
-    return (row0_ + engine_.row(e)) * H_ + engine_.unit(e);
+
+  /// Elements whose unit exists.
+  __device__ __forceinline__ unsigned columns() const {
+    unsigned set = 0;
+    FASTRNN_UNROLL
+    for (int u = 0; u < kUnits; ++u) {
+      FASTRNN_UNROLL
+      for (int r = 0; r < kRows; ++r) set |= has_unit(u) ? bit(r, u) : 0;
+    }
+    return set;
   }
-  /// ... in a sequence, from the block's first row at that step (32 bits do), ...
-  __device__ __forceinline__ unsigned sequence_place(const Sequence& s, int e) const {
-    return row_place(s, e) + static_cast<unsigned>(engine_.unit(e));
+  __device__ __forceinline__ bool has_unit(int u) const {
+    return engine_.unit() + u * Engine::kUnitStep < H_;
   }
-  /// ... or its row there, ...
-  __device__ __forceinline__ unsigned row_place(const Sequence& s, int e) const {
-    return static_cast<unsigned>(engine_.row(e)) * static_cast<unsigned>(s.row_stride);
+  /// Elements among the first `rows` rows of the batch.
+  __device__ __forceinline__ unsigned among(int64_t rows) const {
+    const int64_t left = rows - row0_;
+    const int here = static_cast<int>(left < Engine::kRows ? left : Engine::kRows);
+    unsigned set = 0;
+    FASTRNN_UNROLL
+    for (int r = 0; r < kRows; ++r)
+      set |= engine_.row() + r * Engine::kRowStep < here ? bits_of_row(r) : 0;
+    return set & columns_;
+  }
+
+  /// Calls f(r, u) for every element, or for those of a set.
+  template <typename F>
+  static __device__ __forceinline__ void for_each(const F& f) {
+    FASTRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) f(r, u);
+    }
+  }
+  template <typename F>
+  static __device__ __forceinline__ void for_each(unsigned set, const F& f) {
+    for_each([&](int r, int u) {
+      if (set & bit(r, u)) f(r, u);
+    });
+  }
+
+  /// Where an element is in a contiguous [B, H] tensor, ...
+  template <typename T>
+  __device__ __forceinline__ void at_batch(T* tensor, T* (&rows)[kRows]) const {
+    T* const first = tensor + (row0_ + engine_.row()) * H_ + engine_.unit();
+    FASTRNN_UNROLL
+    for (int r = 0; r < kRows; ++r) rows[r] = computed_once(first + r * Engine::kRowStep * H_);
   }
   /// ... and in a buffer of s.
-  __device__ __forceinline__ int state_place(int e) const {
-    return Engine::state_index(engine_.row(e), engine_.unit(e));
+  __device__ __forceinline__ int state_place(int r, int u) const {
+    return own_ + (r * Engine::kRowStep * Engine::kStateStride + u * Engine::kUnitStep);
   }
 
   /// Both buffers of s: zero, also where there is no row or column, then the first one as given.
@@ -139,101 +206,127 @@ class BlockRecurrence {
       state_[i] = Element{};
     if (d_.state == nullptr) return;
     __syncthreads();
-    const int batch = in_this_block(args_.steps.B);
-    FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e)
-      if (is_in(batch, e))
-        state_[state_place(e)] = static_cast<const Element*>(d_.state)[batch_place(e)];
+    const Element* given[kRows];
+    at_batch(static_cast<const Element*>(d_.state), given);
+    for_each(all_,
+             [&](int r, int u) { state_[state_place(r, u)] = given[r][u * Engine::kUnitStep]; });
   }
 
   __device__ __forceinline__ void load_bias() {
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      bias_[e] = 0;
-      const int unit = engine_.unit(e);
-      if (kBackward || d_.b_ih == nullptr || !engine_.owns(e) || unit >= H_) continue;
-      bias_[e] = to_float(static_cast<const Element*>(d_.b_ih)[unit]) +
+    for (int u = 0; u < kUnits; ++u) {
+      bias_[u] = 0;
+      if (kBackward || d_.b_ih == nullptr || !has_unit(u)) continue;
+      const int unit = engine_.unit() + u * Engine::kUnitStep;
+      bias_[u] = to_float(static_cast<const Element*>(d_.b_ih)[unit]) +
                  to_float(static_cast<const Element*>(d_.b_hh)[unit]);
     }
   }
 
   __device__ __forceinline__ void load_input_weights() {
     FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      const int unit = engine_.unit(e);
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = engine_.unit() + u * Engine::kUnitStep;
       FASTRNN_UNROLL
       for (int i = 0; i < kFeatures; ++i)
-        w_ih_[e][i] = engine_.owns(e) && unit < H_ && i < I_
+        w_ih_[u][i] = has_unit(u) && i < I_
                           ? to_float(static_cast<const Element*>(d_.w_ih)[unit * I_ + i])
                           : 0.0f;
     }
   }
 
-  /// The inputs of the walk's step number i, zero where there are none.
-  __device__ __forceinline__ void load(int i, Inputs& in) const {
-    if (i >= walk_.count) return;
-    const int64_t t = walk_.step(i);
-    const int rows = in_this_block(walk_.rows(t));
-    const Addend* const addend = walk_.at<const Addend>(d_.addend, t, row0_);
-    const Element* const x = walk_.at<const Element>(d_.x, t, row0_);
-    const Element* const y = walk_.at<const Element>(d_.y, t, row0_);
-    FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      in.addend[e] = Addend{};
-      if (kBackward) in.y[e] = Element{};
-      FASTRNN_UNROLL
-      for (int i = 0; i < kFeatures; ++i)
-        in.x[e][i] = engine_.row(e) < rows && i < I_ ? x[row_place(d_.x, e) + i] : Element{};
-      if (!is_in(rows, e)) continue;
-      if (kFeatures == 0 && d_.addend.data != nullptr)
-        in.addend[e] = addend[sequence_place(d_.addend, e)];
-      if (kBackward) in.y[e] = y[sequence_place(d_.y, e)];
-    }
+  /// Of the walk's step number i in packed data: what load() needs to know where to read.
+  __device__ __forceinline__ void load_offsets(int i) {
+    if (!walk_.packed() || i >= walk_.count) return;
+    const int64_t* const first_row = walk_.steps.first_row + walk_.step(i);
+    first_row_ = first_row[0];
+    end_row_ = first_row[1];
   }
 
-  __device__ __forceinline__ float addend_of(const Inputs& in, int e) const {
-    if (kFeatures == 0) return to_float(in.addend[e]);
-    float sum = 0;
+  /// The inputs of the walk's step number i, zero where there are none. Its offsets have been
+  /// loaded a step before, those of the next one are now.
+  __device__ __forceinline__ void load(int i, Inputs& in) {
+    if (i >= walk_.count) return;
+    in.position = walk_.packed() ? first_row_ : walk_.step(i);
+    in.alive = walk_.packed() ? among(end_row_ - first_row_) : all_;
+    load_offsets(i + 1);
+    const Addend* addend[kRows];
+    const Element *x[kRows], *y[kRows];
+    if (kFeatures == 0) addend_.at(in.position, addend);
+    if (kFeatures > 0) x_.at(in.position, x);
+    if (kBackward) y_.at(in.position, y);
     FASTRNN_UNROLL
-    for (int i = 0; i < kFeatures; ++i) sum += to_float(in.x[e][i]) * w_ih_[e][i];
+    for (int r = 0; r < kRows; ++r) {
+      FASTRNN_UNROLL
+      for (int i = 0; i < kFeatures; ++i)
+        in.x[r][i] = (in.alive & bits_of_row(r)) != 0 && i < I_ ? x[r][i] : Element{};
+    }
+    const unsigned added = d_.addend.data != nullptr ? in.alive : 0;
+    for_each([&](int r, int u) {
+      const int unit = u * Engine::kUnitStep;
+      if (kFeatures == 0) in.addend[r][u] = added & bit(r, u) ? addend[r][unit] : Addend{};
+      if (kBackward) in.y[r][u] = in.alive & bit(r, u) ? y[r][unit] : Element{};
+    });
+  }
+
+  /// What is added to an element's product.
+  __device__ __forceinline__ float addend_of(const Inputs& in, int r, int u) const {
+    if (kBackward) return to_float(in.addend[r][u]);
+    if (kFeatures == 0) return to_float(in.addend[r][u]) + bias_[u];
+    float sum = bias_[u];
+    FASTRNN_UNROLL
+    for (int i = 0; i < kFeatures; ++i) sum += to_float(in.x[r][i]) * w_ih_[u][i];
     return sum;
   }
 
-  /// Step t: reads s from one buffer, writes it to the other one and to the output.
-  __device__ __forceinline__ void step(int64_t t, int buffer, const Inputs& in) {
-    const Element* const before = state_ + buffer * Engine::kStateSize;
-    Element* const after = state_ + (1 - buffer) * Engine::kStateSize;
-    float sums[kElements];
-    engine_.multiply(before, sums);
-    const int rows = in_this_block(walk_.rows(t));
-    const bool adds_grad_h_n = kBackward && d_.grad_h_n != nullptr;
-    const int rows_before = adds_grad_h_n ? in_this_block(walk_.rows_before(t)) : 0;
-    Element* const out = walk_.at<Element>(d_.out, t, row0_);
-    FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e) {
-      if (!engine_.owns(e)) continue;
-      if (!is_in(rows, e)) {  // a row that has ended, or not begun, keeps its state
-        after[state_place(e)] = before[state_place(e)];
-        continue;
-      }
-      float sum = sums[e] + addend_of(in, e) + bias_[e];
-      if (adds_grad_h_n && !is_in(rows_before, e))
-        sum += to_float(static_cast<const Element*>(d_.grad_h_n)[batch_place(e)]);
-      const float y = kBackward ? to_float(in.y[e]) : 0.0f;
-      const Element s = from_float<Element>(activate<Element, kBackward>(args_.activation, sum, y));
-      after[state_place(e)] = s;
-      out[sequence_place(d_.out, e)] = s;
+  /// A step: reads s from one buffer, writes it to the other one and to the output. `before`:
+  /// elements that were alive at the step walked before.
+  __device__ __forceinline__ void step(int buffer, const Inputs& in, unsigned before) {
+    const Element* const last = state_ + buffer * Engine::kStateSize;
+    Element* const next = state_ + (1 - buffer) * Engine::kStateSize;
+    float sums[kRows][kUnits];
+    engine_.multiply(last, sums);
+    for_each([&](int r, int u) { sums[r][u] += addend_of(in, r, u); });
+    if (kBackward && d_.grad_h_n != nullptr && (in.alive & ~before) != 0) {
+      const Element* grad_h_n[kRows];
+      at_batch(static_cast<const Element*>(d_.grad_h_n), grad_h_n);
+      for_each(in.alive & ~before,
+               [&](int r, int u) { sums[r][u] += to_float(grad_h_n[r][u * Engine::kUnitStep]); });
     }
+    if (args_.activation == Activation::kTanh)
+      activate_all<Activation::kTanh>(in, sums);
+    else
+      activate_all<Activation::kRelu>(in, sums);
+    Element* out[kRows];
+    out_.at(in.position, out);
+    for_each(in.alive, [&](int r, int u) {
+      const Element s = from_float<Element>(sums[r][u]);
+      next[state_place(r, u)] = s;
+      out[r][u * Engine::kUnitStep] = s;
+    });
+    // A row that has ended, or not begun, keeps its state.
+    if (in.alive != all_)
+      for_each(all_ & ~in.alive,
+               [&](int r, int u) { next[state_place(r, u)] = last[state_place(r, u)]; });
+  }
+
+  template <Activation kActivation>
+  static __device__ __forceinline__ void activate_all(const Inputs& in,
+                                                      float (&sums)[kRows][kUnits]) {
+    for_each([&](int r, int u) {
+      const float y = kBackward ? to_float(in.y[r][u]) : 0.0f;
+      sums[r][u] = activate<Element, kBackward>(kActivation, sums[r][u], y);
+    });
   }
 
   __device__ __forceinline__ void store_final_state() const {
     if (d_.final_state == nullptr) return;
     const Element* const last = state_ + walk_.count % 2 * Engine::kStateSize;
-    const int batch = in_this_block(args_.steps.B);
-    FASTRNN_UNROLL
-    for (int e = 0; e < kElements; ++e)
-      if (is_in(batch, e))
-        static_cast<Element*>(d_.final_state)[batch_place(e)] = last[state_place(e)];
+    Element* final_state[kRows];
+    at_batch(static_cast<Element*>(d_.final_state), final_state);
+    for_each(all_, [&](int r, int u) {
+      final_state[r][u * Engine::kUnitStep] = last[state_place(r, u)];
+    });
   }
 
   const RecurrenceArgs& args_;
@@ -242,9 +335,13 @@ class BlockRecurrence {
   const int I_, H_;
   const Walk walk_;
   Engine engine_;
-  Element* const state_;   // in shared memory: two buffers of s
-  float bias_[kElements];  // b_ih + b_hh
-  float w_ih_[kElements][kFeatures + 1];
+  int64_t first_row_ = 0, end_row_ = 0;  // packed: rows of the step to be loaded next
+  const Part addend_, x_, y_, out_;
+  const unsigned columns_, all_;  // elements whose unit exists, and whose row does, too
+  Element* const state_;          // in shared memory: two buffers of s, ...
+  const int own_;                 // ... and where in each the thread's first element is
+  float bias_[kUnits];            // b_ih + b_hh
+  float w_ih_[kUnits][kFeatures + 1];
 };
 
 template <class Engine, bool kBackward, int kFeatures>

@@ -26,9 +26,10 @@ void float_product_out(Tensor& product, const Tensor& a, const Tensor& b) {
     at::mm_out(product, a.to(at::kFloat), b.to(at::kFloat));
 }
 
-Tensor upload_first_row(const Layout& layout, const Tensor& like) {
-  if (!layout.packed()) return Tensor();
-  const Tensor result = at::empty({layout.T + 1}, like.options().dtype(at::kLong));
+const Tensor& upload_first_row(const Layout& layout, const Tensor& like) {
+  Tensor& result = layout.device_first_row;
+  if (!layout.packed() || result.defined()) return result;
+  result = at::empty({layout.T + 1}, like.options().dtype(at::kLong));
   check_launch(upload(layout.first_row.data(), layout.T + 1, result.mutable_data_ptr<int64_t>(),
                       current_stream()));
   return result;

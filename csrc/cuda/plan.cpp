@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "block_sizes.h"
+
 namespace fastrnn::cuda {
 
 namespace {
@@ -34,20 +36,33 @@ bool is_tier(const char* wanted, const char* tier) {
   return wanted != nullptr && std::strcmp(wanted, tier) == 0;
 }
 
+/// Whether tier 1 has an engine for layers of H units, and the GPU the shared memory. In float,
+/// `rows` of the batch go to each block.
+bool has_engine(Type type, int64_t H, int rows, const Gpu& gpu) {
+  if (type == Type::kDouble) return false;
+  if (type == Type::kFloat) {
+    for (const FfmaSizes& sizes : kFfmaSizes)
+      if (H <= sizes.hidden) return sizes.shared_bytes(rows) <= gpu.shared_bytes;
+    return false;
+  }
+  for (const MmaSizes& sizes : kMmaSizes)
+    if (H <= sizes.hidden) return sizes.shared_bytes() <= gpu.shared_bytes;
+  return false;
+}
+
 }  // namespace
 
 Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   Plan plan{};
-  const bool sixteen_bits = element_size(s.type) == 2;
-  const int64_t most = sixteen_bits ? kMaxMmaHidden : s.type == Type::kFloat ? kMaxFfmaHidden : 0;
   const auto waves = [&](int64_t rows) {
     return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors);
   };
   // As few rows in a block as give all blocks a multiprocessor.
-  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : 4;
-  const bool can = gpu.major >= 8 && s.H >= 1 && s.H <= most && s.T <= kMaxSteps &&
-                   (!sixteen_bits || mma_shared_bytes(s.H) <= gpu.shared_bytes);
-  const bool pays = s.T >= kMinSteps && waves(sixteen_bits ? 8 : plan.block_rows) <= kMaxWaves;
+  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
+  const bool can = gpu.major >= 8 && s.H >= 1 && s.T <= kMaxSteps &&
+                   has_engine(s.type, s.H, plan.block_rows, gpu);
+  const int64_t rows = element_size(s.type) == 2 ? 8 : plan.block_rows;
+  const bool pays = s.T >= kMinSteps && waves(rows) <= kMaxWaves;
   const char* wanted = wanted_tier();
   const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
   plan.tier = block ? Tier::kBlock : Tier::kSteps;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a layer runs on a GPU: decisions from its shape and the GPU alone. Torch-free.
+// How a layer runs on a GPU: decisions from its shape and the GPU alone. Torch-free, and in
+// every build: without CUDA it tells what a GPU would do.
 #pragma once
 
 #include <cstdint>

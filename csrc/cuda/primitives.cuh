@@ -122,6 +122,29 @@ __device__ __forceinline__ float tanh_for<BFloat16>(float x) {
 #endif
 }
 
+/// `value`, which stays in a register. Without this the compiler computes what does not change
+/// again in each turn of a loop, down to reading the thread's number, to use fewer registers.
+template <typename T>
+__device__ __forceinline__ T computed_once(T value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+/// The same of a pointer to device memory, which it stays for the compiler.
+template <typename T>
+__device__ __forceinline__ T* computed_once(T* value) {
+#ifdef __CUDACC__
+  return static_cast<T*>(__cvta_global_to_generic(computed_once(__cvta_generic_to_global(value))));
+#else
+  return value;
+#endif
+}
+
 /// The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
 #ifdef __CUDACC__

@@ -66,15 +66,12 @@ struct RecurrenceArgs {
 };
 
 /// Tier 1: a block of threads keeps W_hh in registers and walks through all steps with its part of
-/// the batch. In 16 bits on tensor cores, with float accumulation, for H <= kMaxMmaHidden; in float
-/// for H <= kMaxFfmaHidden, where `rows` of the batch go to each block (1, 2 or 4).
-constexpr int64_t kMaxMmaHidden = 384, kMaxFfmaHidden = 192;
+/// the batch, for H up to the largest of block_sizes.h. In 16 bits on tensor cores, with float
+/// accumulation; in float `rows` of the batch go to each block (1, 2 or 4).
+const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
+const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream);
 /// Features of x that tier 1 multiplies itself.
 constexpr int kMaxFusedInput = 2;
-const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
-/// Shared memory of each block, which the GPU must have.
-int64_t mma_shared_bytes(int64_t H);
-const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream);
 
 /// Tier 0, after the product of each step: for rows [0, rows) of one step and direction
 ///   out = f( addend + product + b_ih + b_hh )  or, backward,  ( addend + product ) f'(y)

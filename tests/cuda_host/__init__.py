@@ -96,6 +96,10 @@ class Library:
         kinds = ["ascending", "descending", "shuffled"]
         self.call("fastrnn_host_set_order", kinds.index(kind), seed)
 
+    def launches(self):
+        """How many kernels have been launched."""
+        return self._functions.fastrnn_host_launches()
+
     def allocate(self, size, name, alignment=1):
         arguments = [ctypes.c_size_t(size), name.encode(), ctypes.c_size_t(alignment)]
         address = self._functions.fastrnn_host_allocate(*arguments)

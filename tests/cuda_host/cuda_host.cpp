@@ -225,9 +225,14 @@ void wait_at_barrier(int id, int threads) {
   scheduler.wait();
 }
 
+int launched = 0;
+
 }  // namespace
 
+int launches() { return launched; }
+
 void launch(const LaunchShape& shape, std::function<void()> body) {
+  ++launched;
   check(shape);
   Launch launch(shape);
   const unsigned together = static_cast<unsigned>(launch.shared.size());

@@ -59,6 +59,8 @@ struct Order {
   uint64_t seed = 0;  // of kShuffled; each launch starts from it
 };
 void set_order(Order order);
+/// How many launches there have been.
+int launches();
 
 // ---- Device memory --------------------------------------------------------------------------
 

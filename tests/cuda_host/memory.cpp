@@ -280,5 +280,7 @@ int fastrnn_host_set_order(int kind, uint64_t seed) {
       [&] { cuda_host::set_order({static_cast<cuda_host::Order::Kind>(kind), seed}); });
 }
 
+int fastrnn_host_launches() { return cuda_host::launches(); }
+
 const char* fastrnn_host_last_error() { return cuda_host::last_error.c_str(); }
 }

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How layers run on GPUs: the plan is in every build, and asks for no GPU if one is described."""
+
+import pytest
+import torch
+
+from fastrnn import _C
+
+
+def gpu(major, multiprocessors, shared_kib):
+    return {
+        "major": major, "multiprocessors": multiprocessors, "shared_bytes": shared_kib << 10,
+    }  # fmt: skip
+
+
+H100, A100, RTX_3090 = gpu(9, 132, 227), gpu(8, 108, 163), gpu(8, 82, 99)
+TURING = gpu(7, 72, 64)
+
+
+def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
+    return _C.cuda_plan(T, B, I, H, directions, dtype.itemsize, **gpu)
+
+
+@pytest.mark.parametrize(
+    "gpu, dtype, sizes, tier, rows",
+    [
+        # GPU, dtype, (T, B, H, directions), tier, rows of the batch in each block
+        (H100, torch.float32, (512, 1, 128, 1), 1, 1),
+        (H100, torch.float32, (512, 132, 128, 1), 1, 1),
+        (H100, torch.float32, (512, 133, 128, 1), 1, 2),
+        (H100, torch.float32, (512, 132, 128, 2), 1, 2),
+        (H100, torch.float32, (512, 300, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 132, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 132 + 1, 128, 1), 0, 4),
+        (H100, torch.float32, (512, 16, 256, 1), 1, 1),
+        (H100, torch.float32, (512, 16, 257, 1), 0, 1),
+        (RTX_3090, torch.float32, (512, 16, 255, 1), 1, 1),
+        (RTX_3090, torch.float32, (512, 164, 193, 1), 0, 2),  # another row does not fit
+        (RTX_3090, torch.float32, (512, 164, 192, 1), 1, 2),
+        (H100, torch.float32, (1, 16, 64, 1), 0, 1),
+        (H100, torch.float64, (512, 16, 64, 1), 0, 1),
+        (H100, torch.float16, (512, 16, 384, 1), 1, 1),
+        (H100, torch.bfloat16, (512, 16, 385, 1), 0, 1),
+        (A100, torch.bfloat16, (512, 16, 320, 1), 1, 1),
+        (A100, torch.bfloat16, (512, 16, 321, 1), 0, 1),
+        (RTX_3090, torch.bfloat16, (512, 16, 256, 1), 1, 1),
+        (RTX_3090, torch.bfloat16, (512, 16, 257, 1), 0, 1),
+        (TURING, torch.float16, (512, 16, 64, 1), 0, 1),
+    ],
+)
+def test_the_tier_and_the_rows_of_a_block(gpu, dtype, sizes, tier, rows):
+    found = plan(gpu, *sizes, dtype)
+    assert (found["tier"], found["block_rows"]) == (tier, rows)
+
+
+def test_the_tier_can_be_chosen_where_it_can_run(monkeypatch):
+    def tier(*sizes):
+        return plan(H100, *sizes)["tier"]
+
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "1")
+    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 257)] == [1, 1, 0]
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
+    assert tier(512, 16, 64) == 0
+
+
+def test_chunks_hold_a_quarter_of_the_sums_but_8_to_64_mib():
+    def steps(*sizes):
+        return plan(H100, *sizes)["chunk_steps"]
+
+    assert steps(128, 64, 256) == 128  # 8 MiB
+    assert steps(512, 64, 256) == 128
+    assert steps(1024, 64, 256) == steps(1024, 64, 256, 1, torch.float16) == 256
+    assert steps(10000, 64, 256) == 1024
+    assert steps(10000, 64, 256, 2) == steps(10000, 64, 256, 1, torch.float64) == 512
+    assert steps(10, 1 << 20, 64) == 1
+
+
+def test_the_input_is_multiplied_in_the_kernels_of_tier_1_up_to_two_features():
+    fused = [plan(H100, 9, 1, 64, I=I)["fuse_input"] for I in range(4)]
+    assert fused == [False, True, True, False]
+    assert not plan(H100, 1, 1, 64, I=1)["fuse_input"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 1, 1, 1), (1, -1, 1, 1), (1, 1, 1, 1, 3), (1, 1, 1, 1, 1, 1)]
+)
+def test_a_plan_is_made_for_possible_sizes_only(sizes):
+    with pytest.raises(ValueError, match="cuda_plan"):
+        _C.cuda_plan(*sizes, **H100)
+
+
+def test_a_plan_is_made_for_possible_gpus_only():
+    with pytest.raises(ValueError, match="cuda_plan: multiprocessors"):
+        _C.cuda_plan(1, 1, 1, 1, **H100 | {"multiprocessors": 0})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_must_be_described():
+    for described in ({}, {"major": 9}):
+        with pytest.raises(RuntimeError, match=r"cuda_plan: .*; describe one by"):
+            _C.cuda_plan(1, 1, 1, 1, **described)
