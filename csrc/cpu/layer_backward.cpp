@@ -52,6 +52,8 @@ class DirectionBackward {
         wanted_(wanted.cells[d]) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
+    packs_ = plan.pack_weights || kernels<T>().padded_columns(H_) != H_;
+    if (!packs_) w_hh_ = readable(cell_.w_hh, kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
 
@@ -79,7 +81,10 @@ class DirectionBackward {
     a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
     a.H = H_;
     a.activation = activation_;
-    a.w_hh_panels = w_hh_panels_.data();
+    if (packs_)
+      a.w_hh_panels = w_hh_panels_.data();
+    else
+      a.w_hh = matrix_of<T>(w_hh_);
     a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
     a.grad_h_n = matrix_of<T>(grad_h_n_);
     a.carry = matrix_of<T>(carry_);
@@ -91,7 +96,7 @@ class DirectionBackward {
   /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
   /// gradients and it are never in memory together.
   void pack() {
-    if (layout_.T > 1) w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
+    if (layout_.T > 1 && packs_) w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
   }
   void unpack() { w_hh_panels_ = {}; }
 
@@ -322,7 +327,9 @@ class DirectionBackward {
   const Activation activation_;
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
-  Tensor hx_, grad_h_n_;   // [B, H] or undefined; grad_h_n_ in T
+  Tensor hx_, grad_h_n_;  // [B, H] or undefined; grad_h_n_ in T
+  bool packs_;
+  Tensor w_hh_;            // as it is, where it is not packed
   Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T
   Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;

@@ -31,13 +31,13 @@ FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool backwards) {
   });
 }
 
-/// The same over weights as they are.
-template <typename T, typename Act>
-FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool backwards) {
+/// The same over weights as they are. run: one of run_unpacked_*.
+template <typename T>
+FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool backwards,
+                                      void (*run)(const Step<T>&, int64_t, int64_t, bool)) {
   const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
-  rounds.next([&](int64_t i, int64_t n) {
-    run_unpacked<T, Act>(s, vectors * i / n, vectors * (i + 1) / n, backwards);
-  });
+  rounds.next(
+      [&](int64_t i, int64_t n) { run(s, vectors * i / n, vectors * (i + 1) / n, backwards); });
 }
 
 template <typename T, typename Act>
@@ -64,7 +64,7 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.s_panels = a.w_hh_panels;
             s.w_s = a.w_hh;
             if (unpacked)
-              run_step_unpacked<T, Act>(s, rounds, t & 1);
+              run_step_unpacked<T>(s, rounds, t & 1, run_unpacked_forward<T, Act>);
             else
               run_step<T, ForwardEpilogue<Act>>(s, rounds, t & 1);
           });
@@ -72,6 +72,7 @@ void forward_loop(const ForwardArgs<T>& a) {
 
 template <typename T, typename Act>
 void backward_loop(const BackwardArgs<T>& a) {
+  const bool unpacked = a.w_hh.data != nullptr;
   Rounds rounds(a.team);
   walk<T>(a.steps, a.row_begin, a.row_end, a.carry, a.delta,
           [&](int64_t t, int64_t first, int64_t last, Matrix<const T> previous) {
@@ -83,12 +84,17 @@ void backward_loop(const BackwardArgs<T>& a) {
               s.s = previous;
               s.K = a.H;
               s.s_panels = a.w_hh_panels;
+              s.w_s = a.w_hh;
             } else {
               s.addend2 = from_row(a.grad_h_n, first);
             }
             s.h = rows_of(a.y, a.steps, t, first);
             s.out = rows_of(a.delta, a.steps, t, first);
-            run_step<T, BackwardEpilogue<Act>>(s, rounds, t & 1);
+            if (unpacked)
+              run_step_unpacked<T>(s, rounds, t & 1,
+                                   run_unpacked_backward<T, BackwardEpilogue<Act>>);
+            else
+              run_step<T, BackwardEpilogue<Act>>(s, rounds, t & 1);
           });
 }
 

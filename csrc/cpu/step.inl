@@ -13,7 +13,7 @@ struct Step {
   int64_t I, K;     // columns of x and of s; 0 where there is no product
   Matrix<const T> x, s;
   const T *x_panels, *s_panels;
-  Matrix<const T> w_x, w_s;  // [N, I] and [N, K] in place of panels, where those are null
+  Matrix<const T> w_x, w_s;  // W_ih and W_hh in place of panels, where those are null
   const T* bias;
   Matrix<const T> addend, addend2;
   Matrix<const T> h;
@@ -123,16 +123,14 @@ FASTRNN_INLINE void add_rows(Vec<T> (&acc)[R][V], Matrix<const T> m, int64_t row
   }
 }
 
-/// One register tile: R rows by V vectors, columns from `column`. `tail` is the number of columns
-/// in the last vector where that is not full, else 0: full-width stores are never masked, because
-/// a masked store does not forward to the next step's loads.
+/// out = f( acc + bias + addends ) for R rows by V vectors, columns from `column`. `tail` is the
+/// number of columns in the last vector where that is not full, else 0: full-width stores are never
+/// masked, because a masked store does not forward to the next step's loads.
 template <typename T, typename Epilogue, int R, int V>
-void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
-  Vec<T> acc[R][V] = {};
-  // Panels before this one are full, so their total width is `column`.
-  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
-  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
-  // Last, because a sum of many small terms that starts from a large one loses digits in each.
+FASTRNN_INLINE void finish(Vec<T> (&acc)[R][V], const Step<T>& s, int64_t row, int64_t column,
+                           int64_t tail) {
+  // After the products, because a sum of many small terms that starts from a large one loses digits
+  // in each.
   if (s.bias != nullptr) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
@@ -161,6 +159,16 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
         store<T>(out + v * kLanes<T>, value);
     }
   }
+}
+
+/// One register tile of packed weights.
+template <typename T, typename Epilogue, int R, int V>
+void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
+  Vec<T> acc[R][V] = {};
+  // Panels before this one are full, so their total width is `column`.
+  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
+  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
+  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 }
 
 /// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number
@@ -261,28 +269,16 @@ void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width)
     add_dot_products<T, R>(sums, from_row(s.x, row), from_row(s.w_x, column), width, s.I);
   if (s.K != 0)
     add_dot_products<T, R>(sums, from_row(s.s, row), from_row(s.w_s, column), width, s.K);
-  const int64_t tail = width % kLanes<T>;
   Vec<T> acc[R][1];
-  for (int r = 0; r < R; ++r) {
-    acc[r][0] = LaneSums<T, kLanes<T> / 2>::of(sums[r]);
-    if (s.bias != nullptr) acc[r][0] += load<T>(s.bias + column);
-  }
+  for (int r = 0; r < R; ++r) acc[r][0] = LaneSums<T, kLanes<T> / 2>::of(sums[r]);
   if (s.I != 0 && s.x_panels != nullptr) add_packed_input<T, R>(acc, s, row, column);
-  add_rows<T, R, 1>(acc, s.addend, row, column, tail);
-  for (int r = 0; r < R; ++r) {
-    const Vec<T> value = Act::template value<T>(acc[r][0]);
-    T* out = s.out.data + (row + r) * s.out.row_stride + column;
-    if (tail != 0)
-      store_tail<T>(out, value, tail);
-    else
-      store<T>(out, value);
-  }
+  finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
 }
 
-/// Vectors [begin, end) of a step's columns, with weights as they are: for calls that have too few
-/// rows to pay for packing.
+/// Forward, vectors [begin, end) of a step's columns, with weights as they are: for calls that have
+/// too few rows to pay for packing.
 template <typename T, typename Act>
-void run_unpacked(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (backwards ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
@@ -290,6 +286,36 @@ void run_unpacked(const Step<T>& s, int64_t begin, int64_t end, bool backwards) 
     for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
     if (row < s.rows) unpacked_rows<T, Act, 1>(s, row, column, width);
   }
+}
+
+/// Backward, V vectors of columns, with W_hh as it is: a combination of its rows.
+template <typename T, typename Epilogue, int V>
+void combine_rows(const Step<T>& s, int64_t column) {
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const T* a = s.s.data + row * s.s.row_stride;
+    Vec<T> acc[1][V] = {};
+    for (int64_t first = 0; first < s.K; first += kTerms) {
+      Vec<T> part[V] = {};
+      for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
+        const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) part[v] += a[k] * load<T>(weights + v * kLanes<T>);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[0][v] += part[v];
+    }
+    finish<T, Epilogue, 1, V>(acc, s, row, column, 0);
+  }
+}
+
+/// Backward, vectors [begin, end) of a step's columns, all of them whole, with W_hh as it is.
+template <typename T, typename Epilogue>
+void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+  constexpr int V = 2 * FASTRNN_TILE_VECTORS;  // long runs through each row
+  const int64_t blocks = (end - begin) / V;
+  for (int64_t i = 0; i < blocks; ++i)
+    combine_rows<T, Epilogue, V>(s, (begin + (backwards ? blocks - 1 - i : i) * V) * kLanes<T>);
+  for (int64_t i = begin + blocks * V; i < end; ++i) combine_rows<T, Epilogue, 1>(s, i * kLanes<T>);
 }
 
 /// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
