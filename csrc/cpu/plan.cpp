@@ -12,7 +12,8 @@ namespace fastrnn::cpu {
 namespace {
 
 // Both matrices must stay in a core's second-level cache, else one large product is faster; so it
-// is for one or two long sequences of this many features.
+// is for one or two long sequences of this many features. Fewer features than these are packed
+// whatever W_hh is: dot products of so few terms are dear.
 constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 16;
 // A part of the batch smaller than this leaves the register tiles too empty; for small W_hh that is
 // still better than any hand-over.
@@ -24,9 +25,9 @@ constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
 // Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
 // the first-level cache.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
-// Packing reads and writes every weight once: too dear for few rows. A single sequence reads W_hh
-// at the speed of the cache that holds it, packed or not.
-constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256;
+// Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
+// layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
+constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
 // Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step,
 // and the hidden size from which 16-bit instructions in that product outweigh all else.
 constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
@@ -48,7 +49,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   plan.converts = s.converts;
-  plan.pack_weights = s.converts || (s.H <= 8 && s.I <= s.total_rows) ||
+  plan.pack_weights = s.converts || (s.H <= kTinyHidden && s.I <= s.total_rows) ||
                       (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
@@ -72,8 +73,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t rows = mean_rows / plan.row_blocks;
   if (!plan.step_products && std::max<int64_t>(2, rows) * s.H * s.H / 2 >= kWorkToShare)
     plan.column_blocks = std::clamp<int64_t>(
-        std::min(threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1, kMaxTeam);
-  plan.parallel = useful_threads > 1 || plan.column_blocks > 1;
+        std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
+        kMaxTeam);
+  plan.parallel = useful_threads > 1;
 
   const int64_t step_bytes = std::max<int64_t>(1, mean_rows * s.H * s.element_size);
   const auto steps_in = [&](int64_t bytes) {
