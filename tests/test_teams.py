@@ -27,7 +27,7 @@ CASES = [
     Case(12, 2, 5, 301, bidirectional=True, hx=True),
     Case(20, 3, 3, 150, num_layers=2, batch_first=True),
     Case(9, 5, 7, 330, bidirectional=True, num_layers=2, nonlinearity="relu"),
-    Case(1, 3, 3, 256),
+    Case(4, 2, 3, 500),
     Case(0, 0, 3, 200, lengths=(19, 3, 11), hx=True),
     Case(0, 0, 9, 270, lengths=(2, 14, 9, 1), bidirectional=True),
 ]
@@ -44,7 +44,10 @@ def threads(count):
 
 
 def team_of(case, dtype):
-    T, B = (max(case.lengths), 1) if case.lengths else (case.T, case.B)
+    T, B = case.T, case.B
+    if case.lengths:  # as its mean batch
+        T = max(case.lengths)
+        B = -(-sum(case.lengths) // T)
     D = 1 + case.bidirectional
     return _C.cpu_plan(T, B, case.I, case.H, D, dtype.itemsize)["column_blocks"]
 
@@ -58,6 +61,8 @@ def test_a_batch_too_small_to_split_is_shared_by_columns():
         assert team_of(Case(100, 1, 3, 512, bidirectional=True), torch.float32) == 1
         # A hand-over would cost more than half of the step.
         assert team_of(Case(100, 1, 3, 64), torch.float32) == 1
+        # Not worth a second thread.
+        assert team_of(Case(2, 1, 3, 512), torch.float32) == 1
         # Enough rows for each thread: no hand-over at all.
         assert team_of(Case(100, 64, 3, 512), torch.float32) == 1
     with threads(4):
@@ -141,9 +146,9 @@ ALONE = """
 import sys, torch, fastrnn
 from fastrnn import _C
 torch.set_num_threads(4)
-assert _C.cpu_plan(30, 1, 3, 256)["column_blocks"] == 4
+assert _C.cpu_plan(60, 1, 3, 256)["column_blocks"] == 4
 module = fastrnn.RNN(3, 256)
-x = torch.randn(30, 1, 3)
+x = torch.randn(60, 1, 3)
 together = module(x)
 sum(y.sum() for y in together).backward()
 torch.set_num_threads(1)
