@@ -91,16 +91,25 @@ class Panels {
     const int64_t K = weight.size(k_dim), N = weight.size(n_dim);
     const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
     T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
-    // A 16-bit weight is converted a slice at a time; the slices hold whole panels.
-    constexpr int64_t kSlice = 256;
+    // Slices of columns hold whole panels. Threads share a large weight's; a 16-bit weight is
+    // converted one at a time.
+    constexpr int64_t kSlice = 256, kLarge = 1 << 18;
     const bool converts = weight.scalar_type() != type;
-    const int64_t slice = converts ? kSlice : std::max<int64_t>(N, 1);
-    for (int64_t n = 0; n < N; n += slice) {
-      const int64_t count = std::min(slice, N - n);
+    const auto pack = [&](int64_t begin, int64_t end) {
+      const int64_t n = begin * kSlice, count = std::min(end * kSlice, N) - n;
       const Tensor part = converts ? weight.narrow(n_dim, n, count).to(type) : weight;
-      kernels<T>().pack(part.const_data_ptr<T>(), part.stride(k_dim), part.stride(n_dim), K, count,
+      const int64_t n_stride = part.stride(n_dim);
+      kernels<T>().pack(part.const_data_ptr<T>() + (converts ? 0 : n * n_stride),
+                        part.stride(k_dim), n_stride, K, count,
                         panels + kernels<T>().packed_size(K, n));
-    }
+    };
+    const int64_t slices = (N + kSlice - 1) / kSlice;
+    if (converts)
+      for (int64_t i = 0; i < slices; ++i) pack(i, i + 1);
+    else if (K * N < kLarge || available_threads() == 1)
+      pack(0, slices);
+    else
+      at::parallel_for(0, slices, 1, pack);
   }
 
   /// Null if there are none.
