@@ -49,11 +49,10 @@ class DirectionBackward {
         activation_(layer.activation),
         d_(d),
         H_(layer.hidden_size()),
-        wanted_(wanted.cells[d]) {
+        wanted_(wanted.cells[d]),
+        packs_(plan.pack_weights || kernels<T>().padded_columns(H_) != H_) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
-    packs_ = plan.pack_weights || kernels<T>().padded_columns(H_) != H_;
-    if (!packs_) w_hh_ = readable(cell_.w_hh, kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
 
@@ -81,10 +80,8 @@ class DirectionBackward {
     a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
     a.H = H_;
     a.activation = activation_;
-    if (packs_)
-      a.w_hh_panels = w_hh_panels_.data();
-    else
-      a.w_hh = matrix_of<T>(w_hh_);
+    a.w_hh_panels = w_hh_panels_.data();
+    a.w_hh = matrix_of<T>(w_hh_);
     a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
     a.grad_h_n = matrix_of<T>(grad_h_n_);
     a.carry = matrix_of<T>(carry_);
@@ -96,9 +93,16 @@ class DirectionBackward {
   /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
   /// gradients and it are never in memory together.
   void pack() {
-    if (layout_.T > 1 && packs_) w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
+    if (layout_.T == 1) return;
+    if (packs_)
+      w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
+    else
+      w_hh_ = readable(cell_.w_hh, kType);
   }
-  void unpack() { w_hh_panels_ = {}; }
+  void unpack() {
+    w_hh_panels_ = {};
+    w_hh_ = Tensor();
+  }
 
   /// Keeps delta of the last step walked for the chunk after this one.
   void keep_carry(const Chunk& c) {
@@ -118,6 +122,8 @@ class DirectionBackward {
       c.delta.copy_(c.grad_y);
     else
       c.delta.zero_();
+    Plan alone = plan_;
+    alone.column_blocks = 1;  // there is no product to share
     for (int64_t i = 0; i < parts_in(c.range, 1); ++i) {
       Chunk step;
       step.range = part_of(c.range, 1, i, /*descending=*/!reverse());
@@ -131,7 +137,7 @@ class DirectionBackward {
       BackwardArgs<T> a = recurrence_args(step);
       a.steps.carry_rows = 0;
       if (!first) a.grad_h_n = {};
-      run_parts(layout_, plan_, std::vector{a}, kernels<T>().backward);
+      run_parts(layout_, alone, std::vector{a}, kernels<T>().backward);
       if (!step.delta.is_same(delta)) delta.copy_(step.delta);
       carry_ = delta[0];
     }
@@ -327,10 +333,10 @@ class DirectionBackward {
   const Activation activation_;
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
-  Tensor hx_, grad_h_n_;  // [B, H] or undefined; grad_h_n_ in T
-  bool packs_;
-  Tensor w_hh_;            // as it is, where it is not packed
-  Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T
+  Tensor hx_, grad_h_n_;   // [B, H] or undefined; grad_h_n_ in T
+  const bool packs_;       // W_hh, else it is read as it is
+  Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T; between pack and unpack, as is
+  Tensor w_hh_;            // W_hh itself
   Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;
   Tensor delta_first_;     // [B, H] delta at each row's first forward step; undefined if not wanted

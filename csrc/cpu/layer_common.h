@@ -35,7 +35,13 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   return s;
 }
 
-inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+inline int64_t available_threads() {
+#ifdef INTRA_OP_PARALLEL
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+#else
+  return 1;  // without OpenMP at::parallel_for has the calling thread only
+#endif
+}
 
 /// The recurrence's view of steps [begin, end).
 inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool descending,
@@ -93,7 +99,7 @@ class Panels {
     T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
     // Slices of columns hold whole panels. Threads share a large weight's; a 16-bit weight is
     // converted one at a time.
-    constexpr int64_t kSlice = 256, kLarge = 1 << 18;
+    constexpr int64_t kSlice = 256, kLarge = 1 << 18;  // columns; elements, some 100 us
     const bool converts = weight.scalar_type() != type;
     const auto pack = [&](int64_t begin, int64_t end) {
       const int64_t n = begin * kSlice, count = std::min(end * kSlice, N) - n;

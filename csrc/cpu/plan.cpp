@@ -56,7 +56,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
   const bool large_16bit = s.converts && s.fast_products && s.H >= kHiddenFor16Bit;
   plan.fuse_input = s.I > 0 && (s.I + s.H) * s.H * s.element_size <= kFusedBytes && !large_16bit &&
-                    (!plan.pack_weights || (reuses_input_weight && s.I <= s.total_rows));
+                    (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
+                                       : reuses_input_weight || s.total_rows <= kRowsToPack);
   plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
   const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
   plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);

@@ -21,7 +21,7 @@ struct LayerShape {
 struct Plan {
   bool fuse_input;     // x * W_ih^T inside the step; else one product over all steps before
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
-  bool pack_weights;   // into panels, in forward; else products with the weights as they are
+  bool pack_weights;   // into panels; else they are read as they are (backward: whole vectors only)
   bool pack_input_weights;  // the same for W_ih, where x is read in the step
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other

@@ -9,10 +9,11 @@
 // compiled for a wide instruction set can never leak into functions shared with other files.
 #pragma once
 
-// sched.h and utility serve recurrence.inl, which must not include anything for its target.
+// But for cstdint, these serve recurrence.inl, which must not include anything for its target.
 #include <sched.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "../activation.h"

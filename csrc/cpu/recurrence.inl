@@ -24,20 +24,20 @@ namespace {
 
 /// One step over packed weights, alone or in a team.
 template <typename T, typename Epilogue>
-FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool backwards) {
+FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool descending) {
   const int64_t panels = (s.N + kPanel<T> - 1) / kPanel<T>;
   rounds.next([&](int64_t i, int64_t n) {
-    run_panels<T, Epilogue>(s, panels * i / n, panels * (i + 1) / n, backwards);
+    run_panels<T, Epilogue>(s, panels * i / n, panels * (i + 1) / n, descending);
   });
 }
 
 /// The same over weights as they are. run: one of run_unpacked_*.
 template <typename T>
-FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool backwards,
+FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool descending,
                                       void (*run)(const Step<T>&, int64_t, int64_t, bool)) {
   const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
   rounds.next(
-      [&](int64_t i, int64_t n) { run(s, vectors * i / n, vectors * (i + 1) / n, backwards); });
+      [&](int64_t i, int64_t n) { run(s, vectors * i / n, vectors * (i + 1) / n, descending); });
 }
 
 template <typename T, typename Act>

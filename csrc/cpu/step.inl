@@ -82,8 +82,9 @@ FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, con
   for (int v = 0; v < V; ++v) acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
-/// Terms that are added one after another. Longer sums are sums of such parts, and two products are
-/// added up apart: rounding errors then stay near those of a blocked matrix product.
+/// Terms that are added one after another, with packed weights. Longer sums are sums of such parts,
+/// and two products are added up apart: rounding errors then stay near those of a blocked matrix
+/// product.
 constexpr int64_t kTerms = 64;
 /// A product this short goes straight into the sum: a part would cost more than it.
 constexpr int64_t kFewTerms = 8;
@@ -278,9 +279,9 @@ void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width)
 /// Forward, vectors [begin, end) of a step's columns, with weights as they are: for calls that have
 /// too few rows to pay for packing.
 template <typename T, typename Act>
-void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t column = (backwards ? begin + end - 1 - i : i) * kLanes<T>;
+    const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
     int64_t row = 0;
     for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
@@ -310,12 +311,14 @@ void combine_rows(const Step<T>& s, int64_t column) {
 
 /// Backward, vectors [begin, end) of a step's columns, all of them whole, with W_hh as it is.
 template <typename T, typename Epilogue>
-void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
-  constexpr int V = 2 * FASTRNN_TILE_VECTORS;  // long runs through each row
+void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
+  constexpr int kHalf = FASTRNN_TILE_VECTORS, V = 2 * kHalf;  // long runs through each row
   const int64_t blocks = (end - begin) / V;
   for (int64_t i = 0; i < blocks; ++i)
-    combine_rows<T, Epilogue, V>(s, (begin + (backwards ? blocks - 1 - i : i) * V) * kLanes<T>);
-  for (int64_t i = begin + blocks * V; i < end; ++i) combine_rows<T, Epilogue, 1>(s, i * kLanes<T>);
+    combine_rows<T, Epilogue, V>(s, (begin + (descending ? blocks - 1 - i : i) * V) * kLanes<T>);
+  int64_t i = begin + blocks * V;
+  for (; i + kHalf <= end; i += kHalf) combine_rows<T, Epilogue, kHalf>(s, i * kLanes<T>);
+  for (; i < end; ++i) combine_rows<T, Epilogue, 1>(s, i * kLanes<T>);
 }
 
 /// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
@@ -333,9 +336,9 @@ void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
 /// Panels [begin, end) of a step's columns. Odd steps walk the panels backwards: what the last step
 /// left in the cache is used first.
 template <typename T, typename Epilogue>
-void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool backwards) {
+void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t column = (backwards ? begin + end - 1 - i : i) * kPanel<T>;
+    const int64_t column = (descending ? begin + end - 1 - i : i) * kPanel<T>;
     const int64_t width = s.N - column < kPanel<T> ? s.N - column : kPanel<T>;
     const int64_t vectors = (width + kLanes<T> - 1) / kLanes<T>;
     const int64_t tail = width % kLanes<T>;

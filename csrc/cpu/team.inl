@@ -24,13 +24,15 @@ class Rounds {
   FASTRNN_INLINE void next(const Compute& compute) {
     if (team_.slabs == nullptr) return compute(int64_t{0}, int64_t{1});
     if (claim(team_.home)) run(team_.home, compute);
-    for (int64_t i = 1; i <= team_.size; ++i) finish((team_.home + i) % team_.size, compute);
+    for (int64_t i = 1; i <= team_.size; ++i) await((team_.home + i) % team_.size, compute);
     ++round_;
   }
 
  private:
   bool claim(int64_t slab) {
     int64_t expected = round_;
+    // A look first: an exchange takes the cache line, even in vain.
+    if (__atomic_load_n(&team_.slabs[slab].claimed, __ATOMIC_RELAXED) != expected) return false;
     return __atomic_compare_exchange_n(&team_.slabs[slab].claimed, &expected, round_ + 1,
                                        /*weak=*/false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
   }
@@ -48,7 +50,7 @@ class Rounds {
   /// Waits for a slab, or computes it where its thread is late, or was in the round before. Without
   /// a pause between two looks: it can double the time of a hand-over.
   template <typename Compute>
-  FASTRNN_INLINE void finish(int64_t slab, const Compute& compute) {
+  FASTRNN_INLINE void await(int64_t slab, const Compute& compute) {
     const uint64_t bit = uint64_t{1} << slab;
     for (int64_t turn = 0; !is_done(slab); ++turn) {
       if (turn < kPatience && !(late_ & bit)) continue;
@@ -64,6 +66,7 @@ class Rounds {
   const Team team_;
   int64_t round_ = 0;
   uint64_t late_ = 0;  // bit i: slab i
+  static_assert(kMaxTeam <= 64);
 };
 
 }  // namespace
