@@ -64,7 +64,7 @@ class MmaEngine {
   __device__ __forceinline__ void multiply(const T* state,
                                            float (&sums)[kThreadRows][kThreadUnits]) const {
     // Several sums for each tile: an mma waits for the one before it that adds to the same.
-    constexpr int kSums = kTiles < 2 ? 1 : kOwn == 1 && kTiles >= 4 ? 4 : 2;
+    constexpr int kSums = kOwn == 1 && kTiles >= 4 ? 4 : 2;
     float parts[kOwn][kSums][4] = {};
     FASTRNN_UNROLL
     for (int k = 0; k < kTiles; ++k) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FASTRNN_UNROLL _Pragma("unroll")
@@ -126,6 +127,7 @@ __device__ __forceinline__ float tanh_for<BFloat16>(float x) {
 /// again in each turn of a loop, down to reading the thread's number, to use fewer registers.
 template <typename T>
 __device__ __forceinline__ T computed_once(T value) {
+  static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "one register or two");
 #ifdef __CUDACC__
   if constexpr (sizeof(T) == 8)
     asm volatile("" : "+l"(value));
@@ -135,7 +137,8 @@ __device__ __forceinline__ T computed_once(T value) {
   return value;
 }
 
-/// The same of a pointer to device memory, which it stays for the compiler.
+/// The same of a pointer, which must be to device memory: the compiler still knows that it is, and
+/// so which instructions read and write there.
 template <typename T>
 __device__ __forceinline__ T* computed_once(T* value) {
 #ifdef __CUDACC__
