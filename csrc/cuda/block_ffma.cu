@@ -135,10 +135,15 @@ class FfmaEngine {
   __device__ __forceinline__ void store_weights(const float* w, int H, bool transposed, int begin,
                                                 int end) const {
     FASTRNN_ROLLED
-    for (int i = begin; i < end; ++i) {
+    for (int i = begin; i < end; i += 4) {
+      Four loaded[kUnits];  // all in flight at the same time
       FASTRNN_UNROLL
-      for (int u = 0; u < kUnits; ++u)
-        place(u, i - begin)->number[i % 4] = weight(w, H, transposed, u, i);
+      for (int u = 0; u < kUnits; ++u) {
+        FASTRNN_UNROLL
+        for (int c = 0; c < 4; ++c) loaded[u].number[c] = weight(w, H, transposed, u, i + c);
+      }
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) *place(u, i - begin) = loaded[u];
     }
   }
   /// The thread's place for weight number i of a unit and the three after it; lanes read side by

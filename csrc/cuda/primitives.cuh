@@ -10,6 +10,7 @@
 
 #ifdef __CUDACC__
 #define FASTRNN_UNROLL _Pragma("unroll")
+#define FASTRNN_UNROLL_4 _Pragma("unroll 4")
 #define FASTRNN_ROLLED _Pragma("unroll 1")
 #else
 #include <cmath>
@@ -18,6 +19,7 @@
 #include "cuda_host.h"
 #include "numbers.h"
 #define FASTRNN_UNROLL
+#define FASTRNN_UNROLL_4
 #define FASTRNN_ROLLED
 #define __grid_constant__
 #endif
