@@ -101,9 +101,12 @@ def test_a_plan_is_made_for_possible_sizes_only(sizes):
         _C.cuda_plan(*sizes, **H100)
 
 
-def test_a_plan_is_made_for_possible_gpus_only():
-    with pytest.raises(ValueError, match="cuda_plan: multiprocessors"):
-        _C.cuda_plan(1, 1, 1, 1, **H100 | {"multiprocessors": 0})
+@pytest.mark.parametrize(
+    "fact", [{"multiprocessors": 0}, {"multiprocessors": -1}, {"major": -1}, {"shared_bytes": -1}]
+)
+def test_a_plan_is_made_for_possible_gpus_only(fact):
+    with pytest.raises(ValueError, match=r"cuda_plan: multiprocessors .*major and shared_bytes"):
+        _C.cuda_plan(1, 1, 1, 1, **H100 | fact)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
