@@ -18,7 +18,7 @@ namespace fastrnn {
 struct Layout {
   int64_t T = 0, B = 0, total_rows = 0;
   std::vector<int64_t> batch_sizes, first_row;  // first_row has T + 1 elements
-  mutable Tensor device_first_row;  // first_row on a GPU, where its first layer has put it
+  mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }

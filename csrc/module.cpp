@@ -158,7 +158,9 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t direction
                     "cuda_plan: T must be positive, B, I and H not negative, directions 1 or 2");
   TORCH_CHECK_VALUE(element_size == 2 || element_size == 4 || element_size == 8,
                     "cuda_plan: element_size must be 2, 4 or 8");
-  TORCH_CHECK_VALUE(multiprocessors.value_or(1) > 0, "cuda_plan: multiprocessors must be positive");
+  TORCH_CHECK_VALUE(
+      multiprocessors.value_or(1) > 0 && major.value_or(0) >= 0 && shared_bytes.value_or(0) >= 0,
+      "cuda_plan: multiprocessors must be positive, major and shared_bytes not negative");
   namespace cuda = fastrnn::cuda;
   const cuda::Type type = element_size == 8   ? cuda::Type::kDouble
                           : element_size == 4 ? cuda::Type::kFloat

@@ -174,7 +174,7 @@ def _cuda_plan() -> list[str] | str | None:
 
 
 def _tiers_of(gpu: torch.device) -> str:
-    """A long sequence's tiers on a GPU, the largest H of each."""
+    """The tiers of one long sequence on a GPU, the largest H of each."""
     from fastrnn import _C
 
     if not functional._is_fused_device(gpu):

@@ -3,6 +3,7 @@
 C++ and by its kernels on the emulator (cuda_engine.cpp)."""
 
 import functools
+import itertools
 import sysconfig
 from pathlib import Path
 
@@ -104,11 +105,18 @@ SMALL = [
     testing.Case(0, 0, 3, 20, 2, bidirectional=True, hx=True, lengths=(5, 3, 2, 2, 1)),
     testing.Case(0, 0, 3, 70, lengths=(2, 9, 30, 1, 7, 7)),
 ]
+WEIGHTS_IN_SHARED_MEMORY = [
+    (testing.Case(3, 5, 2, 200, hx=True), torch.float32),
+    (testing.Case(3, 2, 2, 330, hx=True), torch.float16),
+]
 
 
 @pytest.mark.parametrize("tier", ["0", "1"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [*itertools.product(SMALL, [torch.float32, torch.float16]), *WEIGHTS_IN_SHARED_MEMORY],
+    ids=str,
+)
 def test_no_order_of_threads_changes_a_bit(engine, monkeypatch, case, dtype, tier):
     monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
     results = []
@@ -151,3 +159,30 @@ def test_a_layer_is_one_launch_and_batch_sizes_travel_once(engine, I, lengths, m
     with torch.no_grad():
         module(pack_sequence(x) if lengths else x[0])
     assert engine.launches() - before == case.num_layers + more
+
+
+def launches_of_backward(engine, case, frozen=""):
+    module, (x, _) = case.module(fastrnn.RNN, torch.float32), case.arguments(torch.float32)
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(not frozen or frozen not in name)
+    output, _ = module(pack_sequence(x) if case.lengths else x[0])
+    before = engine.launches()
+    (output.data if case.lengths else output).sum().backward()
+    return engine.launches() - before
+
+
+# In packed data, the states before each step are gathered in a launch for each direction.
+@pytest.mark.parametrize("lengths, gathered, more", [(None, 0, 0), ((5, 4), 2, 1)])
+def test_in_backward_too(engine, lengths, gathered, more):
+    case = testing.Case(3, 2, 7, 20, 3, lengths=lengths, bidirectional=True)
+    assert launches_of_backward(engine, case) == case.num_layers * (1 + gathered) + more
+    assert launches_of_backward(engine, case, "weight_hh") == case.num_layers + more
+
+
+def test_without_these_kernels_batch_sizes_travel_for_the_gradient_of_w_hh_only(
+    engine, monkeypatch
+):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
+    case = testing.Case(0, 0, 7, 20, 3, lengths=(5, 4), bidirectional=True)
+    assert launches_of_backward(engine, case) == 3 * 2 * (5 + 1) + 1
+    assert launches_of_backward(engine, case, "weight_hh") == 3 * 2 * 5

@@ -17,6 +17,11 @@ H100, A100, RTX_3090 = gpu(9, 132, 227), gpu(8, 108, 163), gpu(8, 82, 99)
 TURING = gpu(7, 72, 64)
 
 
+@pytest.fixture(autouse=True)
+def no_tier_is_chosen(monkeypatch):
+    monkeypatch.delenv("FASTRNN_CUDA_TIER", raising=False)
+
+
 def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
     return _C.cuda_plan(T, B, I, H, directions, dtype.itemsize, **gpu)
 
@@ -35,12 +40,19 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
         (H100, torch.float32, (512, 16, 256, 1), 1, 1),
         (H100, torch.float32, (512, 16, 257, 1), 0, 1),
         (RTX_3090, torch.float32, (512, 16, 255, 1), 1, 1),
-        (RTX_3090, torch.float32, (512, 164, 193, 1), 0, 2),  # another row does not fit
+        (H100, torch.float32, (512, 4 * 4 * 132, 193, 1), 1, 4),  # weights in shared memory
+        (H100, torch.float32, (512, 4 * 4 * 132 + 1, 193, 1), 0, 4),
+        (RTX_3090, torch.float32, (512, 164, 193, 1), 1, 1),  # another row does not fit
+        (RTX_3090, torch.float32, (512, 4 * 82, 256, 1), 1, 1),
+        (RTX_3090, torch.float32, (512, 4 * 82 + 1, 256, 1), 0, 1),
         (RTX_3090, torch.float32, (512, 164, 192, 1), 1, 2),
         (H100, torch.float32, (1, 16, 64, 1), 0, 1),
         (H100, torch.float64, (512, 16, 64, 1), 0, 1),
         (H100, torch.float16, (512, 16, 384, 1), 1, 1),
         (H100, torch.bfloat16, (512, 16, 385, 1), 0, 1),
+        (H100, torch.float16, (512, 8 * 8 * 132, 256, 1), 1, 4),
+        (H100, torch.float16, (512, 4 * 8 * 132, 257, 1), 1, 4),
+        (H100, torch.float16, (512, 4 * 8 * 132 + 1, 257, 1), 0, 4),
         (A100, torch.bfloat16, (512, 16, 320, 1), 1, 1),
         (A100, torch.bfloat16, (512, 16, 321, 1), 0, 1),
         (RTX_3090, torch.bfloat16, (512, 16, 256, 1), 1, 1),
@@ -89,9 +101,12 @@ def test_a_plan_is_made_for_possible_sizes_only(sizes):
         _C.cuda_plan(*sizes, **H100)
 
 
-def test_a_plan_is_made_for_possible_gpus_only():
-    with pytest.raises(ValueError, match="cuda_plan: multiprocessors"):
-        _C.cuda_plan(1, 1, 1, 1, **H100 | {"multiprocessors": 0})
+@pytest.mark.parametrize(
+    "fact", [{"multiprocessors": 0}, {"multiprocessors": -1}, {"major": -1}, {"shared_bytes": -1}]
+)
+def test_a_plan_is_made_for_possible_gpus_only(fact):
+    with pytest.raises(ValueError, match=r"cuda_plan: multiprocessors .*major and shared_bytes"):
+        _C.cuda_plan(1, 1, 1, 1, **H100 | fact)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -30,6 +30,8 @@ USES = {
     "double": (Case(5, 9, 6, 40, hx=True, batch_first=True), torch.float64),
     "bfloat16": (Case(9, 9, 20, 256, bidirectional=True, hx=True), torch.bfloat16),
     "float16": (Case(7, 130, 20, 384, nonlinearity="relu", hx=True), torch.float16),
+    "two features": (Case(9, 6, 2, 96, bidirectional=True, hx=True), torch.float32),
+    "weights in shared memory": (Case(7, 6, 20, 200, hx=True), torch.float32),
     "packed": (Case(0, 0, 5, 65, 2, True, hx=True, lengths=(9, 3, 1, 7)), torch.float32),
     "packed 16 bits": (Case(0, 0, 5, 128, hx=True, lengths=(4, 6, 5)), torch.bfloat16),
 }

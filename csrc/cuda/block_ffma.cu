@@ -15,8 +15,10 @@ namespace {
 template <int kSize, int kBatch>
 class FfmaEngine {
   static constexpr FfmaSizes kSizes = kFfmaSizes[kSize];
-  static constexpr int kLanes = 4, kUnits = kSizes.units, kPart = kSizes.part();
+  static constexpr int kLanes = 4, kUnits = kSizes.units, kLaneWeights = kSizes.lane_weights();
   static constexpr int kInRegisters = kSizes.in_registers;
+  static_assert(kSizes.hidden % (8 * kUnits) == 0, "whole warps");
+  static_assert(kInRegisters % 4 == 0 && kLaneWeights % 4 == 0, "read four at a time");
 
  public:
   using Element = float;
@@ -41,7 +43,8 @@ class FfmaEngine {
   /// of four k, so that their reads of s make one. Where shared memory has a part, all go by way of
   /// it: unrolled, so many loads would need more registers than there are.
   __device__ __forceinline__ void load_weights(const float* w, int H, bool transposed) {
-    constexpr int kInShared = kPart - kInRegisters, kTurn = kInShared > 0 ? kInShared : kPart;
+    constexpr int kInShared = kLaneWeights - kInRegisters;
+    constexpr int kTurn = kInShared > 0 ? kInShared : kLaneWeights;
     FASTRNN_UNROLL
     for (int begin = 0; begin < kInRegisters; begin += kTurn) {
       const int end = begin + kTurn < kInRegisters ? begin + kTurn : kInRegisters;
@@ -54,7 +57,7 @@ class FfmaEngine {
               kInShared > 0 ? place(u, i - begin)->number[i % 4] : weight(w, H, transposed, u, i);
       }
     }
-    store_weights(w, H, transposed, kInRegisters, kPart);
+    store_weights(w, H, transposed, kInRegisters, kLaneWeights);
   }
 
   __device__ __forceinline__ void multiply(const float* state,
@@ -70,9 +73,10 @@ class FfmaEngine {
       }
       add_products(state, i, w, parts);
     }
-    // Rolled for the same reason: all threads together are bound by what shared memory delivers.
+    // Rolled, since unrolled loads would need more registers than there are; what shared memory
+    // delivers to all threads together takes longer than one thread's loop.
     FASTRNN_ROLLED
-    for (int i = kInRegisters; i < kPart; i += 4) {
+    for (int i = kInRegisters; i < kLaneWeights; i += 4) {
       Four w[kUnits];
       FASTRNN_UNROLL
       for (int u = 0; u < kUnits; ++u) w[u] = *place(u, i - kInRegisters);
@@ -102,7 +106,7 @@ class FfmaEngine {
   }
 
   /// Adds up what four lanes have of each sum. Twice, two lanes exchange half of their sums, so
-  /// that lane l ends with those numbered l, l + 4, ...; where one is left, both keep it.
+  /// that lane l ends with those numbered l, l + 4, ...; of a single sum both lanes get the whole.
   __device__ __forceinline__ void deal(float (&parts)[kBatch * kUnits],
                                        float (&sums)[kThreadRows][kThreadUnits]) const {
     int count = kBatch * kUnits;
@@ -131,10 +135,15 @@ class FfmaEngine {
   __device__ __forceinline__ void store_weights(const float* w, int H, bool transposed, int begin,
                                                 int end) const {
     FASTRNN_ROLLED
-    for (int i = begin; i < end; ++i) {
+    for (int i = begin; i < end; i += 4) {
+      Four loaded[kUnits];  // all in flight at the same time
       FASTRNN_UNROLL
-      for (int u = 0; u < kUnits; ++u)
-        place(u, i - begin)->number[i % 4] = weight(w, H, transposed, u, i);
+      for (int u = 0; u < kUnits; ++u) {
+        FASTRNN_UNROLL
+        for (int c = 0; c < 4; ++c) loaded[u].number[c] = weight(w, H, transposed, u, i + c);
+      }
+      FASTRNN_UNROLL
+      for (int u = 0; u < kUnits; ++u) *place(u, i - begin) = loaded[u];
     }
   }
   /// The thread's place for weight number i of a unit and the three after it; lanes read side by

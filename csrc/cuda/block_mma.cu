@@ -64,7 +64,7 @@ class MmaEngine {
   __device__ __forceinline__ void multiply(const T* state,
                                            float (&sums)[kThreadRows][kThreadUnits]) const {
     // Several sums for each tile: an mma waits for the one before it that adds to the same.
-    constexpr int kSums = kTiles < 2 ? 1 : kOwn == 1 && kTiles >= 4 ? 4 : 2;
+    constexpr int kSums = kOwn == 1 && kTiles >= 4 ? 4 : 2;
     float parts[kOwn][kSums][4] = {};
     FASTRNN_UNROLL
     for (int k = 0; k < kTiles; ++k) {
@@ -102,15 +102,17 @@ class MmaEngine {
   __device__ __forceinline__ void store_fragments(const T* w, int H, bool transposed, int begin,
                                                   int end) const {
     for (int m = 0; m < kOwn; ++m) {
-      FASTRNN_ROLLED
+      FASTRNN_UNROLL_4
       for (int k = begin; k < end; ++k) {
+        Fragment loaded;
         FASTRNN_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int unit = (warp_ * kOwn + m) * 16 + lane_ / 4 + 8 * (i % 2);
           const int column = 16 * k + lane_ % 4 * 2 + 8 * (i / 2);
-          place(m, k - begin)->pair[i] = weight(w, H, transposed, unit, column) |
-                                         weight(w, H, transposed, unit, column + 1) << 16;
+          loaded.pair[i] = weight(w, H, transposed, unit, column) |
+                           weight(w, H, transposed, unit, column + 1) << 16;
         }
+        *place(m, k - begin) = loaded;
       }
     }
   }

@@ -71,10 +71,10 @@ class BlockRecurrence {
         I_(static_cast<int>(args.I)),
         H_(static_cast<int>(args.H)),
         walk_(args.steps, d_, row0_),
-        addend_(part_of(d_.addend, sizeof(Addend), engine_.unit())),
-        x_(part_of(d_.x, sizeof(Element), 0)),
-        y_(part_of(d_.y, sizeof(Element), engine_.unit())),
-        out_(part_of(d_.out, sizeof(Element), engine_.unit())),
+        addend_(view_of(d_.addend, sizeof(Addend), engine_.unit())),
+        x_(view_of(d_.x, sizeof(Element), 0)),
+        y_(view_of(d_.y, sizeof(Element), engine_.unit())),
+        out_(view_of(d_.out, sizeof(Element), engine_.unit())),
         columns_(computed_once(columns())),
         all_(computed_once(among(args.steps.B))),
         state_(static_cast<Element*>(shared_memory())),
@@ -107,21 +107,24 @@ class BlockRecurrence {
  private:
   using Element = typename Engine::Element;
   using Addend = std::conditional_t<kBackward, Element, float>;
-  static constexpr int kRows = Engine::kThreadRows, kUnits = Engine::kThreadUnits;
+  static constexpr int kThreadRows = Engine::kThreadRows, kThreadUnits = Engine::kThreadUnits;
   static constexpr int kDepth = Engine::kDepth;
+  static constexpr int64_t kFarthestRow =
+      (kThreadRows - 1) * int64_t{Engine::kRowStep} * kMaxRowStride * 4;  // bytes
+  static_assert(kFarthestRow <= UINT32_MAX, "a View's rows are within 32 bits");
 
   /// A sequence as the thread sees it.
-  struct Part {
+  struct View {
     char* start;        // its first element, at position 0
     int64_t stride;     // bytes to the next position: a step, or in packed data a row
     unsigned row_step;  // bytes to the thread's next row: 32 bits do
 
     /// The first elements of the thread's rows.
     template <typename T>
-    __device__ __forceinline__ void at(int64_t position, T* (&rows)[kRows]) const {
+    __device__ __forceinline__ void at(int64_t position, T* (&rows)[kThreadRows]) const {
       char* const first = start + position * stride;
       FASTRNN_UNROLL
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kThreadRows; ++r)
         rows[r] = reinterpret_cast<T*>(computed_once(first + r * row_step));
     }
   };
@@ -130,18 +133,20 @@ class BlockRecurrence {
   struct Inputs {
     int64_t position;  // of the step, in every sequence
     unsigned alive;    // elements
-    Addend addend[kRows][kUnits];
-    Element x[kRows][kFeatures + 1];  // one more, for there is no array of none
-    Element y[kRows][kUnits];
+    Addend addend[kThreadRows][kThreadUnits];
+    Element x[kThreadRows][kFeatures + 1];  // one more, for there is no array of none
+    Element y[kThreadRows][kThreadUnits];
   };
 
   /// The thread's element of its row number r and its unit number u.
-  static __device__ __forceinline__ unsigned bit(int r, int u) { return 1u << (r * kUnits + u); }
+  static __device__ __forceinline__ unsigned bit(int r, int u) {
+    return 1u << (r * kThreadUnits + u);
+  }
   static __device__ __forceinline__ unsigned bits_of_row(int r) {
-    return ((1u << kUnits) - 1) << (r * kUnits);
+    return ((1u << kThreadUnits) - 1) << (r * kThreadUnits);
   }
 
-  __device__ __forceinline__ Part part_of(const Sequence& s, int64_t bytes, int unit) const {
+  __device__ __forceinline__ View view_of(const Sequence& s, int64_t bytes, int unit) const {
     const int64_t row = row0_ + engine_.row();
     return {computed_once(static_cast<char*>(s.data) + (row * s.row_stride + unit) * bytes),
             computed_once((walk_.packed() ? s.row_stride : s.step_stride) * bytes),
@@ -152,9 +157,9 @@ class BlockRecurrence {
   __device__ __forceinline__ unsigned columns() const {
     unsigned set = 0;
     FASTRNN_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kThreadUnits; ++u) {
       FASTRNN_UNROLL
-      for (int r = 0; r < kRows; ++r) set |= has_unit(u) ? bit(r, u) : 0;
+      for (int r = 0; r < kThreadRows; ++r) set |= has_unit(u) ? bit(r, u) : 0;
     }
     return set;
   }
@@ -167,7 +172,7 @@ class BlockRecurrence {
     const int here = static_cast<int>(left < Engine::kRows ? left : Engine::kRows);
     unsigned set = 0;
     FASTRNN_UNROLL
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kThreadRows; ++r)
       set |= engine_.row() + r * Engine::kRowStep < here ? bits_of_row(r) : 0;
     return set & columns_;
   }
@@ -176,9 +181,9 @@ class BlockRecurrence {
   template <typename F>
   static __device__ __forceinline__ void for_each(const F& f) {
     FASTRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kThreadRows; ++r) {
       FASTRNN_UNROLL
-      for (int u = 0; u < kUnits; ++u) f(r, u);
+      for (int u = 0; u < kThreadUnits; ++u) f(r, u);
     }
   }
   template <typename F>
@@ -190,10 +195,11 @@ class BlockRecurrence {
 
   /// Where an element is in a contiguous [B, H] tensor, ...
   template <typename T>
-  __device__ __forceinline__ void at_batch(T* tensor, T* (&rows)[kRows]) const {
+  __device__ __forceinline__ void at_batch(T* tensor, T* (&rows)[kThreadRows]) const {
     T* const first = tensor + (row0_ + engine_.row()) * H_ + engine_.unit();
     FASTRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) rows[r] = computed_once(first + r * Engine::kRowStep * H_);
+    for (int r = 0; r < kThreadRows; ++r)
+      rows[r] = computed_once(first + r * Engine::kRowStep * H_);
   }
   /// ... and in a buffer of s.
   __device__ __forceinline__ int state_place(int r, int u) const {
@@ -206,7 +212,7 @@ class BlockRecurrence {
       state_[i] = Element{};
     if (d_.state == nullptr) return;
     __syncthreads();
-    const Element* given[kRows];
+    const Element* given[kThreadRows];
     at_batch(static_cast<const Element*>(d_.state), given);
     for_each(all_,
              [&](int r, int u) { state_[state_place(r, u)] = given[r][u * Engine::kUnitStep]; });
@@ -214,7 +220,7 @@ class BlockRecurrence {
 
   __device__ __forceinline__ void load_bias() {
     FASTRNN_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kThreadUnits; ++u) {
       bias_[u] = 0;
       if (kBackward || d_.b_ih == nullptr || !has_unit(u)) continue;
       const int unit = engine_.unit() + u * Engine::kUnitStep;
@@ -225,7 +231,7 @@ class BlockRecurrence {
 
   __device__ __forceinline__ void load_input_weights() {
     FASTRNN_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
+    for (int u = 0; u < kThreadUnits; ++u) {
       const int unit = engine_.unit() + u * Engine::kUnitStep;
       FASTRNN_UNROLL
       for (int i = 0; i < kFeatures; ++i)
@@ -250,16 +256,17 @@ class BlockRecurrence {
     in.position = walk_.packed() ? first_row_ : walk_.step(i);
     in.alive = walk_.packed() ? among(end_row_ - first_row_) : all_;
     load_offsets(i + 1);
-    const Addend* addend[kRows];
-    const Element *x[kRows], *y[kRows];
+    const Addend* addend[kThreadRows];
+    const Element *x[kThreadRows], *y[kThreadRows];
     if (kFeatures == 0) addend_.at(in.position, addend);
     if (kFeatures > 0) x_.at(in.position, x);
     if (kBackward) y_.at(in.position, y);
     FASTRNN_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kThreadRows; ++r) {
       FASTRNN_UNROLL
-      for (int i = 0; i < kFeatures; ++i)
-        in.x[r][i] = (in.alive & bits_of_row(r)) != 0 && i < I_ ? x[r][i] : Element{};
+      for (int feature = 0; feature < kFeatures; ++feature)
+        in.x[r][feature] =
+            (in.alive & bits_of_row(r)) != 0 && feature < I_ ? x[r][feature] : Element{};
     }
     const unsigned added = d_.addend.data != nullptr ? in.alive : 0;
     for_each([&](int r, int u) {
@@ -284,11 +291,11 @@ class BlockRecurrence {
   __device__ __forceinline__ void step(int buffer, const Inputs& in, unsigned before) {
     const Element* const last = state_ + buffer * Engine::kStateSize;
     Element* const next = state_ + (1 - buffer) * Engine::kStateSize;
-    float sums[kRows][kUnits];
+    float sums[kThreadRows][kThreadUnits];
     engine_.multiply(last, sums);
     for_each([&](int r, int u) { sums[r][u] += addend_of(in, r, u); });
     if (kBackward && d_.grad_h_n != nullptr && (in.alive & ~before) != 0) {
-      const Element* grad_h_n[kRows];
+      const Element* grad_h_n[kThreadRows];
       at_batch(static_cast<const Element*>(d_.grad_h_n), grad_h_n);
       for_each(in.alive & ~before,
                [&](int r, int u) { sums[r][u] += to_float(grad_h_n[r][u * Engine::kUnitStep]); });
@@ -297,7 +304,7 @@ class BlockRecurrence {
       activate_all<Activation::kTanh>(in, sums);
     else
       activate_all<Activation::kRelu>(in, sums);
-    Element* out[kRows];
+    Element* out[kThreadRows];
     out_.at(in.position, out);
     for_each(in.alive, [&](int r, int u) {
       const Element s = from_float<Element>(sums[r][u]);
@@ -312,7 +319,7 @@ class BlockRecurrence {
 
   template <Activation kActivation>
   static __device__ __forceinline__ void activate_all(const Inputs& in,
-                                                      float (&sums)[kRows][kUnits]) {
+                                                      float (&sums)[kThreadRows][kThreadUnits]) {
     for_each([&](int r, int u) {
       const float y = kBackward ? to_float(in.y[r][u]) : 0.0f;
       sums[r][u] = activate<Element, kBackward>(kActivation, sums[r][u], y);
@@ -322,7 +329,7 @@ class BlockRecurrence {
   __device__ __forceinline__ void store_final_state() const {
     if (d_.final_state == nullptr) return;
     const Element* const last = state_ + walk_.count % 2 * Engine::kStateSize;
-    Element* final_state[kRows];
+    Element* final_state[kThreadRows];
     at_batch(static_cast<Element*>(d_.final_state), final_state);
     for_each(all_, [&](int r, int u) {
       final_state[r][u * Engine::kUnitStep] = last[state_place(r, u)];
@@ -336,12 +343,12 @@ class BlockRecurrence {
   const Walk walk_;
   Engine engine_;
   int64_t first_row_ = 0, end_row_ = 0;  // packed: rows of the step to be loaded next
-  const Part addend_, x_, y_, out_;
+  const View addend_, x_, y_, out_;
   const unsigned columns_, all_;  // elements whose unit exists, and whose row does, too
   Element* const state_;          // in shared memory: two buffers of s, ...
   const int own_;                 // ... and where in each the thread's first element is
-  float bias_[kUnits];            // b_ih + b_hh
-  float w_ih_[kUnits][kFeatures + 1];
+  float bias_[kThreadUnits];      // b_ih + b_hh
+  float w_ih_[kThreadUnits][kFeatures + 1];
 };
 
 template <class Engine, bool kBackward, int kFeatures>

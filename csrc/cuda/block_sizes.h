@@ -42,11 +42,11 @@ struct FfmaSizes {
   int in_registers;  // of the hidden / 4 weights of a unit that each lane has; shared memory has
                      // the others
 
-  constexpr int part() const { return hidden / 4; }
+  constexpr int lane_weights() const { return hidden / 4; }
   constexpr int threads() const { return hidden / units * 4; }
   constexpr int state_bytes(int rows) const { return 2 * rows * hidden * 4; }
   constexpr int shared_bytes(int rows) const {
-    return state_bytes(rows) + (part() - in_registers) * units * threads() * 4;
+    return state_bytes(rows) + (lane_weights() - in_registers) * units * threads() * 4;
   }
 };
 

@@ -163,7 +163,11 @@ std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
-  const Tensor first_row = upload_first_row(layout, output);
+  // Tier 0 walks by that of the host; the gradient of w_hh gathers rows of packed data in a kernel.
+  const bool gathers = std::any_of(wanted.cells.begin(), wanted.cells.end(),
+                                   [](const std::array<bool, 4>& cell) { return cell[1]; });
+  const Tensor first_row =
+      plan.tier == Tier::kBlock || gathers ? first_row_on_device(layout, output) : Tensor();
   // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
   const bool accumulate = D == 2;
   if (accumulate && wanted.input.defined()) wanted.input.zero_();

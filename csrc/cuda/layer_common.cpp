@@ -26,7 +26,7 @@ void float_product_out(Tensor& product, const Tensor& a, const Tensor& b) {
     at::mm_out(product, a.to(at::kFloat), b.to(at::kFloat));
 }
 
-const Tensor& upload_first_row(const Layout& layout, const Tensor& like) {
+const Tensor& first_row_on_device(const Layout& layout, const Tensor& like) {
   Tensor& result = layout.device_first_row;
   if (!layout.packed() || result.defined()) return result;
   result = at::empty({layout.T + 1}, like.options().dtype(at::kLong));

@@ -71,9 +71,9 @@ inline Sequence sequence_of(const Layout& layout, const Tensor& t, int64_t origi
   return s;
 }
 
-/// Sums of batch sizes on the GPU of `like`: [T + 1], uploaded once in a call, or undefined for
-/// padded data.
-const Tensor& upload_first_row(const Layout& layout, const Tensor& like);
+/// Layout::first_row on the GPU of `like`: [T + 1], uploaded when first asked for in a call;
+/// undefined for padded data.
+const Tensor& first_row_on_device(const Layout& layout, const Tensor& like);
 
 /// What the recurrence of one direction reads and writes over one chunk: RecurrenceDirection and
 /// its tensors. addend, x, y, out hold the chunk's steps [.., H].

@@ -39,7 +39,8 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
-  const Tensor first_row = plan.tier == Tier::kBlock ? upload_first_row(layout, output) : Tensor();
+  const Tensor first_row =
+      plan.tier == Tier::kBlock ? first_row_on_device(layout, output) : Tensor();
   const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();
   std::vector<Cell> cells;
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));

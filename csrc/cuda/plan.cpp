@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 
 #include "block_sizes.h"
 
@@ -15,8 +16,9 @@ namespace fastrnn::cuda {
 namespace {
 
 // Blocks that wait for a multiprocessor start the walk when others have ended it: so many walks,
-// one after the other, still take less than tier 0, whose steps are bound by three launches each.
-constexpr int64_t kMaxWaves = 8;
+// one after the other, still take less than tier 0, whose steps are bound by two launches each.
+// Steps that read weights from shared memory take longer.
+constexpr int64_t kMaxWaves = 8, kMaxWavesOfShared = 4;
 // Below this the product of a step that tier 1 saves does not exist.
 constexpr int64_t kMinSteps = 2;
 
@@ -36,18 +38,29 @@ bool is_tier(const char* wanted, const char* tier) {
   return wanted != nullptr && std::strcmp(wanted, tier) == 0;
 }
 
-/// Whether tier 1 has an engine for layers of H units, and the GPU the shared memory. In float,
-/// `rows` of the batch go to each block.
-bool has_engine(Type type, int64_t H, int rows, const Gpu& gpu) {
-  if (type == Type::kDouble) return false;
+/// What the plan asks of an engine of tier 1.
+struct EngineNeeds {
+  int64_t shared_bytes;  // of a block
+  int64_t max_waves;
+};
+
+EngineNeeds needs(int64_t shared_bytes, bool all_in_registers) {
+  return {shared_bytes, all_in_registers ? kMaxWaves : kMaxWavesOfShared};
+}
+
+/// Of the engine for layers of H units, if there is one. In float, `rows` of the batch go to each
+/// block.
+std::optional<EngineNeeds> engine_for(Type type, int64_t H, int rows) {
+  if (type == Type::kDouble) return std::nullopt;
   if (type == Type::kFloat) {
     for (const FfmaSizes& sizes : kFfmaSizes)
-      if (H <= sizes.hidden) return sizes.shared_bytes(rows) <= gpu.shared_bytes;
-    return false;
+      if (H <= sizes.hidden)
+        return needs(sizes.shared_bytes(rows), sizes.in_registers == sizes.lane_weights());
+    return std::nullopt;
   }
   for (const MmaSizes& sizes : kMmaSizes)
-    if (H <= sizes.hidden) return sizes.shared_bytes() <= gpu.shared_bytes;
-  return false;
+    if (H <= sizes.hidden) return needs(sizes.shared_bytes(), sizes.in_registers == sizes.tiles());
+  return std::nullopt;
 }
 
 }  // namespace
@@ -57,12 +70,14 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   const auto waves = [&](int64_t rows) {
     return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors);
   };
-  // As few rows in a block as give all blocks a multiprocessor.
+  const auto engine = [&] { return engine_for(s.type, s.H, plan.block_rows); };
+  const auto fits = [&] { return engine() && engine()->shared_bytes <= gpu.shared_bytes; };
+  // As few rows in a block as give all blocks a multiprocessor, or as many as fit.
   plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
-  const bool can = gpu.major >= 8 && s.H >= 1 && s.T <= kMaxSteps &&
-                   has_engine(s.type, s.H, plan.block_rows, gpu);
+  while (plan.block_rows > 1 && engine() && !fits()) plan.block_rows /= 2;
+  const bool can = gpu.major >= 8 && s.H >= 1 && s.T <= kMaxSteps && fits();
   const int64_t rows = element_size(s.type) == 2 ? 8 : plan.block_rows;
-  const bool pays = s.T >= kMinSteps && waves(rows) <= kMaxWaves;
+  const bool pays = can && s.T >= kMinSteps && waves(rows) <= engine()->max_waves;
   const char* wanted = wanted_tier();
   const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
   plan.tier = block ? Tier::kBlock : Tier::kSteps;

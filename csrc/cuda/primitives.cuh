@@ -6,9 +6,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FASTRNN_UNROLL _Pragma("unroll")
+#define FASTRNN_UNROLL_4 _Pragma("unroll 4")
 #define FASTRNN_ROLLED _Pragma("unroll 1")
 #else
 #include <cmath>
@@ -17,6 +19,7 @@
 #include "cuda_host.h"
 #include "numbers.h"
 #define FASTRNN_UNROLL
+#define FASTRNN_UNROLL_4
 #define FASTRNN_ROLLED
 #define __grid_constant__
 #endif
@@ -126,6 +129,7 @@ __device__ __forceinline__ float tanh_for<BFloat16>(float x) {
 /// again in each turn of a loop, down to reading the thread's number, to use fewer registers.
 template <typename T>
 __device__ __forceinline__ T computed_once(T value) {
+  static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "one register or two");
 #ifdef __CUDACC__
   if constexpr (sizeof(T) == 8)
     asm volatile("" : "+l"(value));
@@ -135,7 +139,8 @@ __device__ __forceinline__ T computed_once(T value) {
   return value;
 }
 
-/// The same of a pointer to device memory, which it stays for the compiler.
+/// The same of a pointer, which must be to device memory: the compiler still knows that it is, and
+/// so which instructions read and write there.
 template <typename T>
 __device__ __forceinline__ T* computed_once(T* value) {
 #ifdef __CUDACC__

@@ -65,9 +65,10 @@ struct RecurrenceArgs {
   RecurrenceDirection direction[2];
 };
 
-/// Tier 1: a block of threads keeps W_hh in registers and walks through all steps with its part of
-/// the batch, for H up to the largest of block_sizes.h. In 16 bits on tensor cores, with float
-/// accumulation; in float `rows` of the batch go to each block (1, 2 or 4).
+/// Tier 1: a block of threads keeps W_hh in registers, of large layers a part in shared memory, and
+/// walks through all steps with its part of the batch, for H up to the largest of block_sizes.h. In
+/// 16 bits on tensor cores, with float accumulation; in float `rows` of the batch go to each block
+/// (1, 2 or 4).
 const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
 const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream);
 /// Features of x that tier 1 multiplies itself.
