@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from pairs import B, I, Setting, T, arguments, draw, of_both, pair, same, weighted
+from pairs import B, H, I, Setting, T, arguments, draw, of_both, pair, same, weighted
 from torch.autograd import grad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
@@ -138,9 +138,10 @@ class TestStrangeMemory:
 
         of_both(compute)
 
+    @pytest.mark.parametrize("sizes", [(I, H), (17, 16)], ids=["packed", "unpacked"])
     @pytest.mark.parametrize("kind", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
-    def test_as_weights_of_the_function(self, kind, view):
-        (module, _), (x, hx) = pair(), arguments()
+    def test_as_weights_of_the_function(self, kind, sizes, view):
+        (module, _), (x, hx) = pair(sizes=sizes), arguments(sizes=sizes)
         leaves, flat = [], []
         for name, parameter in module.named_parameters():
             leaf, weight = (
