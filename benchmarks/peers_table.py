@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python benchmarks/peers_table.py JSON`: the results of compare.py as Markdown.
+"""`python benchmarks/peers_table.py [JSON]`: write the results of compare.py into a page.
 
 A cell is the median time with the better number of threads, and that number. Losses stay in.
+`--check` writes nothing and exits with 1 if docs/performance.md has another table.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
+import table
 from table import duration, extras
 
 #: What peers are called in tables and figures.
@@ -37,7 +39,7 @@ def render(report: dict[str, Any]) -> str:
     modes = dict.fromkeys(mode for case in report["cases"] for mode in case["modes"])
     for mode in modes:
         cases = [case for case in report["cases"] if mode in case["modes"]]
-        parts += [f"### {mode.capitalize()}", of_mode(cases, mode)]
+        parts += [f"### {mode.capitalize()}", summary(cases, mode), of_mode(cases, mode)]
     parts.append(not_run(report))
     return "\n\n".join(filter(None, parts))
 
@@ -54,6 +56,21 @@ def caption(report: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['capability']['fastrnn']}; {versions}; {source}; "
         f"{report['date'][:10]}. Median time of a call with {threads}. × nn.RNN and × best: "
         "how many times as long nn.RNN and the fastest peer take as fastrnn."
+    )
+
+
+def summary(cases: list[dict[str, Any]], mode: str) -> str:
+    """Means over the cases, and how many are lost."""
+    bests = [case["modes"][mode]["best"] for case in cases]
+    ratios = [best["peer"]["ratio"] for best in bests if "peer" in best]
+    ours = [best["nn_rnn"]["ratio"] for best in bests if "nn_rnn" in best]
+    if not ratios or not ours:
+        return ""
+    lost = sum(ratio < 1 for ratio in ratios)
+    return (
+        f"Geometric means: {geometric_mean(ours):.2f} against nn.RNN, "
+        f"{geometric_mean(ratios):.2f} against the fastest peer of each case, "
+        f"which is faster in {lost} of {len(ratios)}."
     )
 
 
@@ -106,12 +123,11 @@ def not_run(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables of a file."""
-    parser = argparse.ArgumentParser(description="Tables of the results of compare.py.")
-    parser.add_argument("json", type=Path)
-    args = parser.parse_args(argv)
-    print(render(json.loads(args.json.read_text(encoding="utf-8"))))
-    return 0
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description="Write the tables of docs/performance.md.")
+    page = table.ROOT / "docs" / "performance.md"
+    parser.add_argument("--page", type=Path, default=page, metavar="PATH")
+    return table.write(parser, argv, "page", "peers", render)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ nothing and exits with 1 if the README has another table. Losses stay in.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +89,19 @@ def newest(study: str | None = None) -> dict[str, Any] | None:
     return max(reports, key=lambda report: str(report["date"]), default=None)
 
 
-def updated(readme: str, report: dict[str, Any] | None) -> str:
-    """The README's text with this table, or with none.
+def updated(text: str, table: str | None) -> str:
+    """A page's text with this table in its place, or with none.
 
     Raises
     ------
     ValueError
         If there is not one place for it.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"the table's place is one line {BEGIN}, one line {END}")
-    before, rest = readme.split(BEGIN)
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    content = f"\n\n{render(report)}\n\n" if report else "\n"
+    content = f"\n\n{table}\n\n" if table else "\n"
     return f"{before}{BEGIN}{content}{END}{after}"
 
 
@@ -118,17 +119,29 @@ def main(argv: list[str] | None = None) -> int:
         0, or 1 if `--check` finds another table.
     """
     parser = argparse.ArgumentParser(description="Write the README's table of benchmarks.")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH")
+    return write(parser, argv, "readme", None, render)
+
+
+def write(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    page: str,
+    study: str | None,
+    render: Callable[[dict[str, Any]], str],
+) -> int:
+    """Write a table of results into the page that the argument `page` names, or check it."""
     parser.add_argument("json", nargs="?", type=Path, help="results (default: the newest)")
     parser.add_argument("--check", action="store_true", help="only tell whether it is up to date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH")
     args = parser.parse_args(argv)
-    report = json.loads(args.json.read_text(encoding="utf-8")) if args.json else newest()
-    old = args.readme.read_text(encoding="utf-8")
-    new = updated(old, report)
+    path: Path = getattr(args, page)
+    report = json.loads(args.json.read_text(encoding="utf-8")) if args.json else newest(study)
+    old = path.read_text(encoding="utf-8")
+    new = updated(old, render(report) if report else None)
     if not args.check:
-        args.readme.write_text(new, encoding="utf-8")
+        path.write_text(new, encoding="utf-8")
     elif new != old:
-        print("README.md has not the table of the newest results: run benchmarks/table.py")
+        print(f"{path.name} has not the table of the newest results: run this without --check")
         return 1
     return 0
 

@@ -195,6 +195,19 @@ def test_the_readme_has_no_table_of_peers(fake, tmp_path, monkeypatch):
     assert table.newest("peers")["study"] == "peers"
 
 
+def test_the_table_of_the_page_is_that_of_the_newest_committed_results():
+    assert peers_table.main(["--check"]) == 0
+
+
+def test_the_summary_counts_losses():
+    def case(ratio):
+        best = {"nn_rnn": {"ratio": 8.0}, "peer": {"ratio": ratio}}
+        return {"modes": {"inference": {"best": best}}}
+
+    text = peers_table.summary([case(0.5), case(8.0)], "inference")
+    assert "8.00 against nn.RNN, 2.00 against" in text and "faster in 1 of 2" in text
+
+
 def test_the_study_of_scaling_varies_one_number():
     cases = scaling.cases()
     assert len({case.name for case in cases}) == len(cases)
