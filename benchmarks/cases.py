@@ -5,7 +5,7 @@ A new case is one line in `CASES`; everything else reads that list.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class BenchmarkCase(Case):
     name: str
     reason: str
     dtype: torch.dtype = torch.float32
+
+    def spec(self) -> dict[str, Any]:
+        """What the case is, fit for JSON."""
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
     def step(self, class_name: str, mode: str) -> Callable[[], None]:
         """Make the function that is measured: one inference, or one step of training.

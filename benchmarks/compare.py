@@ -8,11 +8,9 @@ is written after each mode, so that a stop loses nothing.
 
 import argparse
 import random
-import re
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -121,8 +119,7 @@ def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
     """The file for this machine and day; another one if not everything is measured."""
     threads = "-".join(map(str, report["threads"]))
     name = f"{report['study']} {report['machine']['cpu']} {threads} threads {report['date'][:10]}"
-    part = "-part" if args.part else ""
-    return table.RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}{part}.json"
+    return table.RESULTS / run.file_name(name, args.part)
 
 
 def sweep(
@@ -137,8 +134,7 @@ def sweep(
     try:
         with tempfile.TemporaryDirectory() as folder:
             for number, case in enumerate(cases, 1):
-                spec = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
-                entry: dict[str, Any] = {"spec": spec, "modes": {}}
+                entry: dict[str, Any] = {"spec": case.spec(), "modes": {}}
                 report["cases"].append(entry)
                 reference = Path(folder) / "reference"
                 workers[-1].ask("reference", case, reference)

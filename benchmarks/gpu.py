@@ -9,7 +9,6 @@ is written after each step and case, and names neither host, user nor paths.
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -140,9 +139,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 def file_name(report: dict[str, Any], args: argparse.Namespace) -> str:
     """The file for this GPU and day; another one if not everything is measured."""
     gpu = report["machine"]["gpu"]
-    name = f"{gpu['name'] if gpu else 'cpu'} {report['date'][:10]}"
-    part = "-part" if is_part(args) else ""
-    return f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}{part}.json"
+    name = f"gpu {gpu['name'] if gpu else 'cpu'} {report['date'][:10]}"
+    return run.file_name(name, is_part(args))
 
 
 def is_part(args: argparse.Namespace) -> bool:

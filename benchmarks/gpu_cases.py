@@ -8,7 +8,7 @@ cases: a run that is stopped has the most telling ones.
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gate
@@ -42,10 +42,6 @@ class GpuCase(BenchmarkCase):
 
     precision: str
     part: str
-
-    def spec(self) -> dict[str, Any]:
-        """The case as JSON can hold it."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 def make(

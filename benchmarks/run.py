@@ -12,7 +12,6 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(case: BenchmarkCase, seconds: float, with_memory: bool) -> dict[str, Any]:
     """All of one case: what it is, the gate's word (None is good) and, if good, the numbers."""
-    spec = {**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
-    entry: dict[str, Any] = {"spec": spec, "gate": gate.failure(case), "modes": {}}
+    entry: dict[str, Any] = {"spec": case.spec(), "gate": gate.failure(case), "modes": {}}
     if entry["gate"] is not None:
         return entry
     for mode in MODES:
@@ -146,9 +144,14 @@ def commit() -> dict[str, Any] | None:
 
 def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
     """The file for this machine and day; another one if not everything is measured."""
-    part = "-part" if args.quick or args.only or args.no_memory else ""
     name = f"{report['machine']['cpu']} {report['threads']} threads {report['date'][:10]}"
-    return table.RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}{part}.json"
+    return table.RESULTS / file_name(name, bool(args.quick or args.only or args.no_memory))
+
+
+def file_name(name: str, part: bool) -> str:
+    """The name of a file of results, in plain letters; `part`: not everything is measured."""
+    plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{plain}{'-part' if part else ''}.json"
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
