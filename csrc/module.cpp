@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/layer_cpu.h"
 #include "cpu/plan.h"
 #include "cpu/products.h"
 #include "cuda/plan.h"
@@ -122,18 +123,18 @@ py::dict build_info() {
 }
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                  int64_t element_size, bool hx) {
-  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0 && element_size > 0,
-                    "cpu_plan: T, directions and element_size must be positive, B, I and H not "
-                    "negative");
-  const bool converts = element_size < 4;
+                  at::ScalarType dtype, bool hx) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0,
+                    "cpu_plan: T and directions must be positive, B, I and H not negative");
+  TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
+  const at::ScalarType type = fastrnn::cpu::kernel_type(dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
   shape.total_rows = T * B;
   shape.state_rows = T * B - (hx ? 0 : B);
   shape.packed = false;
-  shape.element_size = converts ? 4 : element_size;
-  shape.converts = converts;
-  shape.fast_products = fastrnn::cpu::has_fast_product(converts ? at::kBFloat16 : at::kFloat);
+  shape.element_size = static_cast<int64_t>(c10::elementSize(type));
+  shape.converts = type != dtype;
+  shape.fast_products = fastrnn::cpu::has_tile_product(dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
@@ -145,6 +146,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["row_blocks"] = plan.row_blocks;
   result["column_blocks"] = plan.column_blocks;
   result["backward_steps"] = plan.backward_steps;
+  result["converts"] = plan.converts;
   result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
   return result;
@@ -196,7 +198,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return std::string(fastrnn::cpu::capability().name); },
       "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
-        py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4, py::arg("hx") = false,
+        py::arg("H"), py::arg("directions") = 1, py::arg("dtype") = at::kFloat,
+        py::arg("hx") = false,
         "How one layer of this shape runs on the CPU with the current number of threads.");
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,

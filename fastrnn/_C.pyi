@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+import torch
 from torch import Tensor
 
 device_types: tuple[str, ...]
@@ -20,7 +21,13 @@ def is_ordinary_call(input: Any, weights: list[Any], hx: Any) -> bool: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def cpu_plan(
-    T: int, B: int, I: int, H: int, directions: int = 1, element_size: int = 4, hx: bool = False
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    directions: int = 1,
+    dtype: torch.dtype = ...,
+    hx: bool = False,
 ) -> dict[str, Any]: ...
 def cuda_plan(
     T: int,

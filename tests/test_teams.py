@@ -50,7 +50,7 @@ def team_of(case, dtype):
         T = max(case.lengths)
         B = -(-sum(case.lengths) // T)
     D = 1 + case.bidirectional
-    return _C.cpu_plan(T, B, case.I, case.H, D, dtype.itemsize)["column_blocks"]
+    return _C.cpu_plan(T, B, case.I, case.H, D, dtype)["column_blocks"]
 
 
 def test_a_batch_too_small_to_split_is_shared_by_columns():
@@ -99,21 +99,22 @@ OWN_PRODUCTS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", OWN_PRODUCTS, ids=str)
-def test_a_team_computes_the_same_bits_as_one_thread(case):
+def test_a_team_computes_the_same_bits_as_one_thread(case, dtype):
     """Whoever computes a column, its sum has the same order. (PyTorch's products may differ.)"""
-    module = case.module(fastrnn.RNN, torch.float32)
+    module = case.module(fastrnn.RNN, dtype)
     with threads(1):
-        alone = outputs(module, case)
+        alone = outputs(module, case, dtype)
     for count in (2, 3, 5, 8):
         for _ in range(20):
             with threads(count):
-                together = outputs(module, case)
+                together = outputs(module, case, dtype)
             assert all(map(torch.equal, alone, together))
 
 
-def outputs(module, case):
-    inputs, hx = case.arguments(torch.float32)
+def outputs(module, case, dtype=torch.float32):
+    inputs, hx = case.arguments(dtype)
     if case.lengths:
         packed = torch.nn.utils.rnn.pack_sequence(inputs, enforce_sorted=False)
         output, h_n = module(packed, hx)

@@ -21,12 +21,27 @@ const Capability& choose() {
   return default_capability();
 }
 
+const Kernels<BFloat16>* choose_bfloat16() {
+#if defined(__x86_64__)
+  if (&capability() == &avx512_capability() && __builtin_cpu_supports("avx512bf16"))
+    return &avx512_bf16_kernels();
+#endif
+  return nullptr;
+}
+
+const Kernels<BFloat16>* bfloat16_kernels() {
+  static const Kernels<BFloat16>* const chosen = choose_bfloat16();
+  return chosen;
+}
+
 }  // namespace
 
 const Capability& capability() {
   static const Capability& chosen = choose();
   return chosen;
 }
+
+bool has_bfloat16_kernels() { return bfloat16_kernels() != nullptr; }
 
 template <>
 const Kernels<float>& kernels<float>() {
@@ -35,6 +50,10 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return capability().f64;
+}
+template <>
+const Kernels<BFloat16>& kernels<BFloat16>() {
+  return *bfloat16_kernels();
 }
 
 }  // namespace fastrnn::cpu

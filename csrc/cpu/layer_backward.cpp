@@ -132,13 +132,12 @@ class DirectionBackward {
       const bool first = !carry_.defined();
       if (!first) multiply(carry_, cell_.w_hh, delta[0], /*accumulate=*/true);
       carry_ = Tensor();  // the product is made: the kernel adds none
-      step.y = readable(narrow_steps(layout_, c.y, step.range, c.y_begin), kType);
-      step.delta = step.grad_y = readable(delta, kType);  // delta itself if of T
+      step.y = narrow_steps(layout_, c.y, step.range, c.y_begin);
+      step.delta = step.grad_y = delta;
       BackwardArgs<T> a = recurrence_args(step);
       a.steps.carry_rows = 0;
       if (!first) a.grad_h_n = {};
       run_parts(layout_, alone, std::vector{a}, kernels<T>().backward);
-      if (!step.delta.is_same(delta)) delta.copy_(step.delta);
       carry_ = delta[0];
     }
   }
@@ -194,7 +193,7 @@ class DirectionBackward {
   }
 
  private:
-  static constexpr at::ScalarType kType = c10::CppTypeToScalarType<T>::value;
+  static constexpr at::ScalarType kType = kScalarType<T>;
 
   Tensor make_delta(Range range, at::ScalarType type) const {
     const auto options = input_.options().dtype(type);
@@ -244,7 +243,7 @@ class DirectionBackward {
       if (!wanted) return nullptr;
       const bool first = !sum.defined();
       if (first) sum = at::empty(sizes, input_.options());
-      T* data = sum.mutable_data_ptr<T>();
+      T* data = mutable_data_of<T>(sum);
       if (first) std::memset(data, 0, sum.nbytes());
       return data;
     };
@@ -407,9 +406,14 @@ std::vector<Cell> backward_as(const Layout& layout, const Layer& layer, const Te
 std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
                                  const Tensor& grad_output, const Tensor& grad_h_n,
                                  const WantedGradients& wanted) {
-  return output.scalar_type() == at::kDouble
-             ? backward_as<double>(layout, layer, output, grad_output, grad_h_n, wanted)
-             : backward_as<float>(layout, layer, output, grad_output, grad_h_n, wanted);
+  switch (kernel_type(output.scalar_type())) {
+    case at::kDouble:
+      return backward_as<double>(layout, layer, output, grad_output, grad_h_n, wanted);
+    case at::kBFloat16:
+      return backward_as<BFloat16>(layout, layer, output, grad_output, grad_h_n, wanted);
+    default:
+      return backward_as<float>(layout, layer, output, grad_output, grad_h_n, wanted);
+  }
 }
 
 }  // namespace fastrnn::cpu

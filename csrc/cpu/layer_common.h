@@ -18,8 +18,24 @@
 
 namespace fastrnn::cpu {
 
+/// The type of tensors that kernels for T read and write.
+template <typename T>
+constexpr at::ScalarType kScalarType = c10::CppTypeToScalarType<T>::value;
+template <>
+constexpr at::ScalarType kScalarType<BFloat16> = at::kBFloat16;
+
+/// Its data, which are of type T.
+template <typename T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
-  const at::ScalarType given = layer.input.scalar_type(), type = compute_type(given);
+  const at::ScalarType given = layer.input.scalar_type(), type = kernel_type(given);
   LayerShape s;
   s.T = layout.T;
   s.B = layout.B;
@@ -29,9 +45,9 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.state_rows = layout.total_rows - (layer.hx.defined() ? 0 : layout.B);
   s.packed = layout.packed();
   s.directions = layer.directions();
-  s.element_size = type == at::kDouble ? 8 : 4;
+  s.element_size = static_cast<int64_t>(c10::elementSize(type));
   s.converts = type != given;
-  s.fast_products = has_fast_product(given);
+  s.fast_products = has_tile_product(given);
   return s;
 }
 
@@ -63,11 +79,11 @@ template <typename T>
 Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
   using Value = std::remove_const_t<T>;
   if (!chunk.defined()) return {};
-  Value* data;
+  T* data;
   if constexpr (std::is_const_v<T>)
-    data = const_cast<Value*>(chunk.const_data_ptr<Value>());
+    data = data_of<Value>(chunk);
   else
-    data = chunk.mutable_data_ptr<Value>();
+    data = mutable_data_of<T>(chunk);
   Sequence<T> s;
   s.step_stride = layout.packed() ? 0 : chunk.stride(0);
   s.row_stride = layout.packed() ? chunk.stride(0) : chunk.stride(1);
@@ -81,7 +97,7 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
 template <typename T>
 Matrix<const T> matrix_of(const Tensor& t) {
   if (!t.defined()) return {};
-  return {t.const_data_ptr<T>(), t.stride(0)};
+  return {data_of<T>(t), t.stride(0)};
 }
 
 /// A packed weight.
@@ -95,7 +111,7 @@ class Panels {
     // By sizes and strides: a transposed view costs more than a small layer.
     const int64_t k_dim = transposed ? 1 : 0, n_dim = 1 - k_dim;
     const int64_t K = weight.size(k_dim), N = weight.size(n_dim);
-    const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    constexpr at::ScalarType type = kScalarType<T>;
     T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
     // Slices of columns hold whole panels. Threads share a large weight's; a 16-bit weight is
     // converted one at a time.
@@ -105,9 +121,8 @@ class Panels {
       const int64_t n = begin * kSlice, count = std::min(end * kSlice, N) - n;
       const Tensor part = converts ? weight.narrow(n_dim, n, count).to(type) : weight;
       const int64_t n_stride = part.stride(n_dim);
-      kernels<T>().pack(part.const_data_ptr<T>() + (converts ? 0 : n * n_stride),
-                        part.stride(k_dim), n_stride, K, count,
-                        panels + kernels<T>().packed_size(K, n));
+      kernels<T>().pack(data_of<T>(part) + (converts ? 0 : n * n_stride), part.stride(k_dim),
+                        n_stride, K, count, panels + kernels<T>().packed_size(K, n));
     };
     const int64_t slices = (N + kSlice - 1) / kSlice;
     if (converts)
@@ -120,7 +135,7 @@ class Panels {
 
   /// Null if there are none.
   const T* data() const {
-    if (large_.defined()) return large_.template const_data_ptr<T>();
+    if (large_.defined()) return data_of<T>(large_);
     return small_.empty() ? nullptr : small_.data();
   }
 
@@ -132,7 +147,7 @@ class Panels {
       return small_.data();
     }
     large_ = at::empty({size}, options);
-    return large_.template mutable_data_ptr<T>();
+    return mutable_data_of<T>(large_);
   }
 
   std::vector<T> small_;

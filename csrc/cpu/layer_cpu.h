@@ -5,8 +5,14 @@
 #pragma once
 
 #include "../layer.h"
+#include "dispatch.h"
 
 namespace fastrnn::cpu {
+
+/// The type that a layer's kernels read and write, if its tensors are of type `given`.
+inline at::ScalarType kernel_type(at::ScalarType given) {
+  return given == at::kBFloat16 && has_bfloat16_kernels() ? given : compute_type(given);
+}
 
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n);

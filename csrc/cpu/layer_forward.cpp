@@ -15,11 +15,11 @@ struct PreparedCell {
   Tensor w_ih, w_hh;  // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
   bool packed = false;
   Panels<T> w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
-  std::vector<T> bias;  // b_ih + b_hh, [padded H], or empty; a tensor costs more than a small layer
+  std::vector<Sum<T>> bias;            // b_ih + b_hh, [padded H], or empty; a tensor costs more
 
   PreparedCell(const Cell& cell, const Plan& plan, bool reads_state)
       : w_ih(cell.w_ih), w_hh(cell.w_hh) {
-    const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    const at::ScalarType type = kScalarType<T>;
     const int64_t H = w_hh.size(0);
     if (plan.pack_weights || plan.step_products) {
       packed = true;
@@ -30,8 +30,9 @@ struct PreparedCell {
     }
     if (plan.pack_input_weights) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
     if (!cell.b_ih.defined()) return;
-    const Tensor b_ih = readable(cell.b_ih, type), b_hh = readable(cell.b_hh, type);
-    const T *ih = b_ih.const_data_ptr<T>(), *hh = b_hh.const_data_ptr<T>();
+    constexpr at::ScalarType sum_type = kScalarType<Sum<T>>;
+    const Tensor b_ih = readable(cell.b_ih, sum_type), b_hh = readable(cell.b_hh, sum_type);
+    const Sum<T>*ih = data_of<Sum<T>>(b_ih), *hh = data_of<Sum<T>>(b_hh);
     bias.resize(kernels<T>().padded_columns(H));
     for (int64_t j = 0; j < H; ++j) bias[j] = ih[j] + hh[j];
   }
@@ -87,7 +88,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   run_parts(layout, plan, args, kernels<T>().forward);
 }
 
-/// Few steps of a large layer, or 16-bit products that are fast; direction d; output holds x
+/// Few steps of a large layer, or products that outrun the kernels; direction d; output holds x
 /// W_ih^T:
 ///   y_t = f( y_t + h_{t-1} W_hh^T + bias ),  the product by ATen
 template <typename T>
@@ -99,13 +100,11 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
     const int64_t t = d == 1 ? layout.T - 1 - i : i;
     const Tensor y_t = y.narrow(0, t, 1);
     if (h.defined()) multiply(h, w, y_t[0], /*accumulate=*/true);
-    const Tensor sums = readable(y_t, c10::CppTypeToScalarType<T>::value);  // y_t itself if of T
     ForwardArgs<T> a = cell.args();
     a.steps = steps_of(layout, t, t + 1, false, 0);
     a.activation = layer.activation;
-    a.y = sequence_of<T>(layout, sums, t, 0);
+    a.y = sequence_of<T>(layout, y_t, t, 0);
     run_parts(layout, plan, std::vector{a}, kernels<T>().forward);
-    if (!sums.is_same(y_t)) y_t.copy_(sums);
     h = y_t[0];
   }
 }
@@ -178,10 +177,16 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
 
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n) {
-  if (output.scalar_type() == at::kDouble)
-    forward_as<double>(layout, layer, output);
-  else
-    forward_as<float>(layout, layer, output);
+  switch (kernel_type(output.scalar_type())) {
+    case at::kDouble:
+      forward_as<double>(layout, layer, output);
+      break;
+    case at::kBFloat16:
+      forward_as<BFloat16>(layout, layer, output);
+      break;
+    default:
+      forward_as<float>(layout, layer, output);
+  }
   for (int64_t d = 0; d < layer.directions(); ++d) copy_final_state(layout, d, output, h_n);
 }
 

@@ -29,7 +29,7 @@ constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
 // Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step,
-// and the hidden size from which 16-bit instructions in that product outweigh all else.
+// and the hidden size from which 16-bit matrix instructions in that product outweigh all else.
 constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
@@ -54,14 +54,15 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
-  const bool large_16bit = s.converts && s.fast_products && s.H >= kHiddenFor16Bit;
+  const bool large_16bit = s.fast_products && !s.converts && s.H >= kHiddenFor16Bit;
   plan.fuse_input = s.I > 0 && (s.I + s.H) * s.H * s.element_size <= kFusedBytes && !large_16bit &&
                     (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
                                        : reuses_input_weight || s.total_rows <= kRowsToPack);
   plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
   const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
   plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
-  plan.own_outer_product = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
+  const bool is_16bit = s.converts || s.element_size == 2;
+  plan.own_outer_product = !is_16bit && s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t mean_rows = std::max<int64_t>(1, divide_up(s.total_rows, s.T));
   const int64_t together = s.converts ? 1 : s.directions;
@@ -88,8 +89,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // Packed sequences have previous states gathered, as much again as delta.
   const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
   const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
-  const int64_t chunk = s.converts ? s.T : steps_in(kChunkBytes / together);
-  plan.packs_once = !s.packed && !s.converts && s.B > kBatchToPack && delta_bytes > panel_bytes &&
+  const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
+  plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
                     delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
   if (delta_bytes <= std::max(kSmallBytes, panel_bytes))
     plan.backward_steps = s.T;

@@ -20,6 +20,15 @@ bool has_fast_product(at::ScalarType type) {
 #endif
 }
 
+bool has_tile_product(at::ScalarType type) {
+#if defined(__x86_64__)
+  static const bool tiles = __builtin_cpu_supports("amx-bf16");
+  return tiles && type == at::kBFloat16 && has_fast_product(type);
+#else
+  return false;
+#endif
+}
+
 namespace {
 
 /// In float32, block by block: the workspace is three blocks, whatever the size.

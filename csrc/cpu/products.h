@@ -11,6 +11,10 @@ namespace fastrnn::cpu {
 /// 16-bit type, it is a plain loop, 10 to 80 times slower than in float32.
 bool has_fast_product(at::ScalarType type);
 
+/// Whether ATen multiplies in tiles of this 16-bit type (AMX), at several times the rate of
+/// vectors.
+bool has_tile_product(at::ScalarType type);
+
 /// out = a b, or out += a b. a [M, K], b [K, N], out [M, N], of one dtype and any strides; out
 /// overlaps neither. 16-bit products add up in float32 and need no float32 copy of an argument.
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate = false);

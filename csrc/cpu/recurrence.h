@@ -20,6 +20,23 @@
 
 namespace fastrnn::cpu {
 
+/// A number of PyTorch's bfloat16: the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+/// What sums of products of T are added up in, and biases are given in.
+template <typename T>
+struct SumOf {
+  using type = T;
+};
+template <>
+struct SumOf<BFloat16> {
+  using type = float;
+};
+template <typename T>
+using Sum = typename SumOf<T>::type;
+
 /// The rows of one step, read or written in place: element (row, column) is
 /// data[row * row_stride + column]. A null `data` means the matrix is absent.
 template <typename T>
@@ -84,7 +101,7 @@ struct ForwardArgs {
   const T* w_ih_panels = nullptr;  // pack of W_ih^T [I, H], read only with x
   const T* w_hh_panels = nullptr;  // pack of W_hh^T [H, H]
   Matrix<const T> w_ih, w_hh;      // [H, I] and [H, H] in place of panels; adjacent columns
-  const T* bias = nullptr;         // [padded_columns(H)], zero padded; null: no bias
+  const Sum<T>* bias = nullptr;    // [padded_columns(H)], zero padded; null: no bias
   Matrix<const T> hx;              // [B, H] state of a row at its first step; null: zeros
   Matrix<const T> carry;           // [carry_rows, H] state before the first walked step
   Sequence<T> y;                   // [T, B, H] out
@@ -129,19 +146,21 @@ struct WeightGradientArgs {
 };
 
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
-/// disjoint rows, or as a team on the same rows.
+/// disjoint rows, or as a team on the same rows. Those of BFloat16 round where they store,
+/// multiply two terms at a time where weights are packed, and flush subnormal numbers to zero.
 template <typename T>
 struct Kernels {
   /// Elements that `pack` writes for a [K, N] matrix, and N rounded up to whole vectors.
   int64_t (*packed_size)(int64_t K, int64_t N);
   int64_t (*padded_columns)(int64_t N);
   /// Copies the [K, N] matrix whose element (k, n) is source[k * k_stride + n * n_stride] into
-  /// register-tile panels [panel][K][panel width], tail columns filled with zeros.
+  /// register-tile panels [panel][K][panel width], tail columns filled with zeros. Of BFloat16,
+  /// with two terms side by side: [panel][K / 2, rounded up][panel width][2].
   void (*pack)(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N,
                T* panels);
   void (*forward)(const ForwardArgs<T>& args);
   void (*backward)(const BackwardArgs<T>& args);
-  void (*weight_gradients)(const WeightGradientArgs<T>& args);
+  void (*weight_gradients)(const WeightGradientArgs<T>& args);  // not of BFloat16
 };
 
 /// One capability's tables.
@@ -155,6 +174,8 @@ const Capability& default_capability();
 #if defined(__x86_64__)
 const Capability& avx2_capability();
 const Capability& avx512_capability();
+/// For processors that have avx512_bf16 besides.
+const Kernels<BFloat16>& avx512_bf16_kernels();
 #endif
 
 }  // namespace fastrnn::cpu

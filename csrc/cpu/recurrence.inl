@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The only SIMD code: the recurrence of recurrence.h, written once over the compiler's generic
-// vectors. Included by recurrence_{default,avx2,avx512}.cpp inside their own namespace and target
+// vectors. Included by recurrence_*.cpp inside their own namespace and target
 // region, with
 //   FASTRNN_VECTOR_BYTES  the vector's width,
 //   FASTRNN_TILE_ROWS     rows of the largest register tile,
-//   FASTRNN_TILE_VECTORS  vectors per row of a tile, hence the width of a panel.
+//   FASTRNN_TILE_VECTORS  vectors per row of a tile, hence the width of a panel,
+//   FASTRNN_BFLOAT16      defined if the target multiplies in bfloat16 (avx512_bf16).
 // Everything has internal linkage, so that the linker can never take a function that was compiled
 // for a wide instruction set into code for an older processor.
 #define FASTRNN_INLINE inline __attribute__((always_inline))
@@ -13,6 +14,9 @@
 // Each builds on those before it.
 // clang-format off
 #include "vectors.inl"
+#if defined(FASTRNN_BFLOAT16)
+#include "bfloat16.inl"
+#endif
 #include "activations.inl"
 #include "step.inl"
 #include "team.inl"
@@ -105,24 +109,26 @@ int64_t padded_columns(int64_t N) {
 
 template <typename T>
 int64_t packed_size(int64_t K, int64_t N) {
-  return K * padded_columns<T>(N);
+  return round_up_to_depth<T>(K) * padded_columns<T>(N);
 }
 
 template <typename T>
 void pack(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N, T* panels) {
+  const int64_t depth = round_up_to_depth<T>(K);
   for (int64_t column = 0; column < N; column += kPanel<T>) {
     const int64_t width = N - column < kPanel<T> ? N - column : kPanel<T>;
     const int64_t padded = padded_columns<T>(width);
     // Few k at a time: both the rows read and the lines written then stay in the nearest cache.
-    for (int64_t k0 = 0; k0 < K; k0 += 16) {
-      const int64_t k1 = k0 + 16 < K ? k0 + 16 : K;
+    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+      const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
       for (int64_t n = 0; n < padded; ++n) {
         const T* from = source + (column + n) * n_stride;
         for (int64_t k = k0; k < k1; ++k)
-          panels[k * padded + n] = n < width ? from[k * k_stride] : T(0);
+          panels[(k / kDepth<T> * padded + n) * kDepth<T> + k % kDepth<T>] =
+              k < K && n < width ? from[k * k_stride] : T{};
       }
     }
-    panels += K * padded;
+    panels += depth * padded;
   }
 }
 
@@ -142,8 +148,17 @@ void backward(const BackwardArgs<T>& a) {
     backward_loop<T, Relu>(a);
 }
 
+/// Small bfloat16 layers have their weights' gradients from matrix products too: sums in 16 bits
+/// would lose digits.
+template <typename T>
+constexpr auto weight_gradients_of() {
+  if constexpr (std::is_same_v<T, Sum<T>>)
+    return weight_gradients<T>;
+  else
+    return nullptr;
+}
 template <typename T>
 constexpr Kernels<T> kKernels = {packed_size<T>, padded_columns<T>, pack<T>,
-                                 forward<T>,     backward<T>,       weight_gradients<T>};
+                                 forward<T>,     backward<T>,       weight_gradients_of<T>()};
 
 }  // namespace

@@ -14,7 +14,7 @@ struct Step {
   Matrix<const T> x, s;
   const T *x_panels, *s_panels;
   Matrix<const T> w_x, w_s;  // W_ih and W_hh in place of panels, where those are null
-  const T* bias;
+  const Sum<T>* bias;
   Matrix<const T> addend, addend2;
   Matrix<const T> h;
   Matrix<T> out;
@@ -44,21 +44,30 @@ struct BackwardEpilogue {
   static constexpr bool kReadsOutput = true;
 };
 
+/// acc[r][v] += a[r] * weights[v]: kDepth terms of each sum, or one.
+template <typename T, int R, int V, bool kOneTerm = false>
+FASTRNN_INLINE void multiply_terms(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride,
+                                   const T* weights) {
+  Weights<T> b[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) b[v] = load_weights(weights + v * kWeights<T>);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const auto terms = kOneTerm ? load_term(a + r * row_stride) : load_terms(a + r * row_stride);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) add_terms<T>(acc[r][v], terms, b[v]);
+  }
+}
+
 /// acc[r][v] += sum_k a[r][k] * panel[k][v]: the inner loop of everything.
 template <typename T, int R, int V>
 FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
-                             const T* panel) {
-  for (int64_t k = 0; k < K; ++k) {
-    Vec<T> b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * kLanes<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T scalar = a[r * row_stride + k];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] += scalar * b[v];
-    }
-    panel += V * kLanes<T>;
+                             const T* panel, int64_t panel_stride = V * kWeights<T>) {
+  int64_t k = 0;
+  for (; k + kDepth<T> <= K; k += kDepth<T>, panel += panel_stride)
+    multiply_terms<T, R, V>(acc, a + k, row_stride, panel);
+  if constexpr (kDepth<T> > 1) {
+    if (k < K) multiply_terms<T, R, V, /*kOneTerm=*/true>(acc, a + k, row_stride, panel);
   }
 }
 
@@ -69,13 +78,15 @@ FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, con
   constexpr int kSums = 4;
   Vec<T> part[kSums][V] = {};
   int64_t k = 0;
-  for (; k + kSums <= K; k += kSums) {
+  for (; k + kSums * kDepth<T> <= K; k += kSums * kDepth<T>) {
 #pragma GCC unroll 8
     for (int j = 0; j < kSums; ++j) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) part[j][v] += a[k + j] * load<T>(panel + (j * V + v) * kLanes<T>);
+      for (int v = 0; v < V; ++v)
+        add_terms<T>(part[j][v], load_terms(a + k + j * kDepth<T>),
+                     load_weights(panel + (j * V + v) * kWeights<T>));
     }
-    panel += kSums * V * kLanes<T>;
+    panel += kSums * V * kWeights<T>;
   }
   multiply<T, 1, V>(acc, a + k, 0, K - k, panel);
 #pragma GCC unroll 8
@@ -135,7 +146,7 @@ FASTRNN_INLINE void finish(Vec<T> (&acc)[R][V], const Step<T>& s, int64_t row, i
   if (s.bias != nullptr) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Vec<T> b = load<T>(s.bias + column + v * kLanes<T>);
+      const Vec<T> b = load<Sum<T>>(s.bias + column + v * kLanes<T>);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][v] += b;
     }
@@ -153,7 +164,7 @@ FASTRNN_INLINE void finish(Vec<T> (&acc)[R][V], const Step<T>& s, int64_t row, i
       Vec<T> value = {};
       if (Epilogue::kReadsOutput)
         value = partial ? load_tail<T>(h + v * kLanes<T>, tail) : load<T>(h + v * kLanes<T>);
-      value = Epilogue::template apply<T>(acc[r][v], value);
+      value = Epilogue::template apply<Sum<T>>(acc[r][v], value);
       if (partial)
         store_tail<T>(out + v * kLanes<T>, value, tail);
       else
@@ -167,8 +178,10 @@ template <typename T, typename Epilogue, int R, int V>
 void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   Vec<T> acc[R][V] = {};
   // Panels before this one are full, so their total width is `column`.
-  if (s.I != 0) add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * s.I);
-  if (s.K != 0) add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * s.K);
+  if (s.I != 0)
+    add_product<T, R, V>(acc, s.x, s.I, row, s.x_panels + column * round_up_to_depth<T>(s.I));
+  if (s.K != 0)
+    add_product<T, R, V>(acc, s.s, s.K, row, s.s_panels + column * round_up_to_depth<T>(s.K));
   finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 }
 
@@ -202,18 +215,18 @@ constexpr int kDotRows = kLanes<T> < 4 ? kLanes<T> : 4;
 template <int R>
 constexpr int kDotVectors = FASTRNN_TILE_VECTORS / R;
 
-/// acc[r][j] += a[r] * w[j], lane by lane, over one vector of their columns from k on.
+/// acc[r][j] += a[r] * w[j], lane by lane, over kWeights of their columns from k on.
 template <typename T, int R>
 FASTRNN_INLINE void add_dots(Vec<T> (&acc)[R][kDotRows<T>], Matrix<const T> a,
                              const T* const (&w)[kDotRows<T>], int64_t k) {
-  Vec<T> x[R];
+  Weights<T> x[R];
 #pragma GCC unroll 2
-  for (int r = 0; r < R; ++r) x[r] = load<T>(a.data + r * a.row_stride + k);
+  for (int r = 0; r < R; ++r) x[r] = load_weights(a.data + r * a.row_stride + k);
 #pragma GCC unroll 4
   for (int j = 0; j < kDotRows<T>; ++j) {
-    const Vec<T> weights = load<T>(w[j] + k);
+    const Weights<T> weights = load_weights(w[j] + k);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) acc[r][j] += x[r] * weights;
+    for (int r = 0; r < R; ++r) add_terms<T>(acc[r][j], x[r], weights);
   }
 }
 
@@ -223,25 +236,25 @@ template <typename T, int R>
 FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const T> a,
                                      Matrix<const T> w, int64_t count, int64_t K) {
   constexpr int V = kDotVectors<R>;
-  const int64_t tail = K % kLanes<T>, whole = K - tail;
+  const int64_t tail = K % kWeights<T>, whole = K - tail;
   for (int64_t first = 0; first < count; first += kDotRows<T>) {
     const T* rows[kDotRows<T>];
     for (int64_t j = 0; j < kDotRows<T>; ++j)
       rows[j] = w.data + (first + j < count ? first + j : count - 1) * w.row_stride;
     Vec<T> acc[V][R][kDotRows<T>] = {};
     int64_t k = 0;
-    for (; k + V * kLanes<T> <= whole; k += V * kLanes<T>) {
+    for (; k + V * kWeights<T> <= whole; k += V * kWeights<T>) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kLanes<T>);
+      for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kWeights<T>);
     }
-    for (; k < whole; k += kLanes<T>) add_dots<T, R>(acc[0], a, rows, k);
+    for (; k < whole; k += kWeights<T>) add_dots<T, R>(acc[0], a, rows, k);
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < kDotRows<T>; ++j) {
         if (tail != 0)
-          acc[0][r][j] +=
-              load_end<T>(a.data + r * a.row_stride, K, tail) * load_end<T>(rows[j], K, tail);
+          add_terms<T>(acc[0][r][j], load_end(a.data + r * a.row_stride, K, tail),
+                       load_end(rows[j], K, tail));
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[r][first + j] += acc[v][r][j];
       }
@@ -256,10 +269,9 @@ FASTRNN_INLINE void add_packed_input(Vec<T> (&acc)[R][1], const Step<T>& s, int6
   const int64_t first = column / kPanel<T> * kPanel<T>;  // of the panel
   const int64_t rest = (s.N - first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t width = rest < kPanel<T> ? rest : kPanel<T>;
-  const T* weights = s.x_panels + first * s.I + column - first;
-  for (int64_t k = 0; k < s.I; ++k, weights += width)
-    for (int r = 0; r < R; ++r)
-      acc[r][0] += s.x.data[(row + r) * s.x.row_stride + k] * load<T>(weights);
+  const T* weights = s.x_panels + first * round_up_to_depth<T>(s.I) + (column - first) * kDepth<T>;
+  multiply<T, R, 1>(acc, s.x.data + row * s.x.row_stride, s.x.row_stride, s.I, weights,
+                    width * kDepth<T>);
 }
 
 /// R rows of one vector of columns, from `column`, of which `width` are there.
@@ -300,7 +312,7 @@ void combine_rows(const Step<T>& s, int64_t column) {
       for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
         const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) part[v] += a[k] * load<T>(weights + v * kLanes<T>);
+        for (int v = 0; v < V; ++v) part[v] += widen(a[k]) * load<T>(weights + v * kLanes<T>);
       }
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[0][v] += part[v];

@@ -18,20 +18,35 @@ struct Lanes<double> {
 };
 
 template <typename T>
-using Vec = typename Lanes<T>::Vec;
+using Vec = typename Lanes<Sum<T>>::Vec;
 template <typename T>
-using Bits = typename Lanes<T>::Bits;
+using Bits = typename Lanes<Sum<T>>::Bits;
 
 template <typename T>
-constexpr int64_t kLanes = FASTRNN_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kLanes = FASTRNN_VECTOR_BYTES / static_cast<int64_t>(sizeof(Sum<T>));
 template <typename T>
 constexpr int64_t kPanel = FASTRNN_TILE_VECTORS * kLanes<T>;
+
+/// Terms of a product that lie side by side in packed weights and are multiplied at once.
+template <typename T>
+constexpr int64_t kDepth = 1;
+
+template <typename T>
+constexpr int64_t round_up_to_depth(int64_t K) {
+  return (K + kDepth<T> - 1) / kDepth<T> * kDepth<T>;
+}
 
 template <typename T>
 FASTRNN_INLINE Vec<T> load(const T* p) {
   Vec<T> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
+}
+
+/// A number as sums hold it.
+template <typename T>
+FASTRNN_INLINE T widen(T number) {
+  return number;
 }
 
 template <typename T>
@@ -47,7 +62,7 @@ FASTRNN_INLINE Vec<T> load_tail(const T* p, int64_t count) {
   return v;
 }
 
-/// The last `count` of the K numbers at p, less than a vector, in some lanes that depend on K and
+/// The last `count` of the K numbers at p, less than kWeights, in some lanes that depend on K and
 /// `count` alone; the other lanes are zero.
 template <typename T>
 FASTRNN_INLINE Vec<T> load_end(const T* p, int64_t K, int64_t count) {
@@ -64,6 +79,37 @@ FASTRNN_INLINE void store_tail(T* p, Vec<T> v, int64_t count) {
   T lanes[kLanes<T>];
   store<T>(lanes, v);
   for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+/// A vector of packed weights: kDepth of them in each lane.
+template <typename T>
+struct WeightsOf {
+  using type = Vec<T>;
+};
+template <typename T>
+using Weights = typename WeightsOf<T>::type;
+template <typename T>
+constexpr int64_t kWeights = kLanes<T> * kDepth<T>;
+
+template <typename T>
+FASTRNN_INLINE Vec<T> load_weights(const T* p) {
+  return load<T>(p);
+}
+
+/// What a row multiplies them by: the kDepth numbers at p, or the first and zeros.
+template <typename T>
+FASTRNN_INLINE T load_terms(const T* p) {
+  return *p;
+}
+template <typename T>
+FASTRNN_INLINE T load_term(const T* p) {
+  return *p;
+}
+
+/// sum += terms * weights. Terms: those of one number for all lanes, or each lane's own.
+template <typename T, typename Terms>
+FASTRNN_INLINE void add_terms(Vec<T>& sum, Terms terms, Vec<T> weights) {
+  sum += terms * weights;
 }
 
 }  // namespace
