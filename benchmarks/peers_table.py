@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import limits_table
 import table
+from floor import floor
 from table import duration, extras
 
 #: What peers are called in tables and figures.
@@ -27,6 +29,11 @@ LABELS = {
     "onednn": "oneDNN",
 }
 
+#: What the caption says of the columns.
+FLOOR = "floor: a bound for this machine (see below). × floor: fastrnn's time divided by it."
+#: Cases of this many sequences and features are bound by arithmetic.
+MANY_SEQUENCES, MANY_FEATURES = 16, 128
+
 
 def label(peer: str) -> str:
     """What a peer is called."""
@@ -34,27 +41,27 @@ def label(peer: str) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """A caption, and for each mode a table and what was not run."""
-    parts = [caption(report)]
+    """A caption, for each mode a table, what was not run, and the machine's limits if known."""
+    limits = table.newest("limits", like=report)
+    parts = [caption(report) + (f" {FLOOR}" if limits else "")]
     modes = dict.fromkeys(mode for case in report["cases"] for mode in case["modes"])
     for mode in modes:
         cases = [case for case in report["cases"] if mode in case["modes"]]
-        parts += [f"### {mode.capitalize()}", summary(cases, mode), of_mode(cases, mode)]
-    parts.append(not_run(report))
+        parts += [f"### {mode.capitalize()}", summary(cases, mode)]
+        parts += [of_floor(cases, mode, limits) if limits else "", of_mode(cases, mode, limits)]
+    parts += [not_run(report), limits_table.render(limits) if limits else ""]
     return "\n\n".join(filter(None, parts))
 
 
 def caption(report: dict[str, Any]) -> str:
     """Where and with what the numbers were measured, and what the columns are."""
-    machine, commit = report["machine"], report["commit"]
+    machine = report["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)
-    source = f"commit {commit['hash'][:10]}" if commit else "no commit"
-    source += " with changes" if commit and commit["dirty"] else ""
     threads = " or ".join(map(str, report["threads"]))
     threads += " thread" if report["threads"] == [1] else " threads, whichever is faster (@)"
     return (
-        f"{machine['cpu']}, {machine['capability']['fastrnn']}; {versions}; {source}; "
-        f"{report['date'][:10]}. Median time of a call with {threads}. × nn.RNN and × best: "
+        f"{machine['cpu']}, {machine['capability']['fastrnn']}; {versions}; "
+        f"{table.source(report)}. Median time of a call with {threads}. × nn.RNN and × best: "
         "how many times as long nn.RNN and the fastest peer take as fastrnn."
     )
 
@@ -74,16 +81,41 @@ def summary(cases: list[dict[str, Any]], mode: str) -> str:
     )
 
 
-def of_mode(cases: list[dict[str, Any]], mode: str) -> str:
+def of_floor(cases: list[dict[str, Any]], mode: str, limits: dict[str, Any]) -> str:
+    """The mean distance from the floor where arithmetic decides."""
+    large = [case for case in cases if case["spec"]["B"] >= MANY_SEQUENCES]
+    large = [case for case in large if case["spec"]["H"] >= MANY_FEATURES]
+    ratios = [ratio for case in large if (ratio := to_floor(case, mode, limits)[1])]
+    if not ratios:
+        return ""
+    return (
+        f"Geometric mean of × floor: {geometric_mean(ratios):.2f}, over the {len(ratios)} cases "
+        f"with B ≥ {MANY_SEQUENCES} and H ≥ {MANY_FEATURES}."
+    )
+
+
+def to_floor(
+    case: dict[str, Any], mode: str, limits: dict[str, Any]
+) -> tuple[float | None, float | None]:
+    """The floor of a case in microseconds, and fastrnn's time divided by it, as far as known."""
+    bound, best = floor(case["spec"], mode, limits), case["modes"][mode]["best"]
+    return bound, best["fastrnn"]["us"] / bound if bound and "fastrnn" in best else None
+
+
+def of_mode(cases: list[dict[str, Any]], mode: str, limits: dict[str, Any] | None = None) -> str:
     """The table of a mode: the peers that ran at least once, a row for each case."""
     results = [result for case in cases for result in case["modes"][mode]["results"]]
     peers = list(dict.fromkeys(r["peer"] for r in results if "us" in r or "wrong" in r))
-    columns = ["(T, B, I, H)", "", *map(label, peers), "× nn.RNN", "× best", "best peer"]
+    columns = ["(T, B, I, H)", "", *map(label, peers), *(["floor", "× floor"] if limits else [])]
+    columns += ["× nn.RNN", "× best", "best peer"]
     lines = [f"| {' | '.join(columns)} |", f"|---|---|{'--:|' * (len(columns) - 3)}---|"]
     for case in cases:
         spec, found = case["spec"], case["modes"][mode]
         cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
         cells += [cell([r for r in found["results"] if r["peer"] == peer]) for peer in peers]
+        if limits:
+            bound, ratio = to_floor(case, mode, limits)
+            cells += [duration(bound) if bound else "–", f"{ratio:.2f}" if ratio else "–"]
         best = found["best"]
         cells += [f"{best[a]['ratio']:.2f}" if a in best else "–" for a in ("nn_rnn", "peer")]
         cells.append(label(best["peer"]["name"]) if "peer" in best else "–")

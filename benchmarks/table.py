@@ -27,16 +27,22 @@ def render(report: dict[str, Any]) -> str:
 
 def caption(report: dict[str, Any]) -> str:
     """Where and with what the numbers were measured, and what the columns are."""
-    machine, versions, commit = report["machine"], report["versions"], report["commit"]
+    machine, versions = report["machine"], report["versions"]
     threads = "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
-    source = f"commit {commit['hash'][:10]}" if commit else "no commit"
-    source += " with changes" if commit and commit["dirty"] else ""
     return (
         f"{machine['cpu']}, {machine['capability']['fastrnn']}, {threads}; "
         f"fastrnn {versions['fastrnn']}, torch {versions['torch']}, Python {versions['python']}; "
-        f"{source}; {report['date'][:10]}. Median time of a call; training is forward and "
+        f"{source(report)}. Median time of a call; training is forward and "
         "backward; memory is fastrnn's peak in training divided by nn.RNN's."
     )
+
+
+def source(report: dict[str, Any]) -> str:
+    """Of which commit and day a report is."""
+    commit = report["commit"]
+    name = f"commit {commit['hash'][:10]}" if commit else "no commit"
+    changes = " with changes" if commit and commit["dirty"] else ""
+    return f"{name}{changes}; {report['date'][:10]}"
 
 
 def row(entry: dict[str, Any]) -> str:
@@ -75,18 +81,29 @@ def duration(microseconds: float) -> str:
     return f"{rounded / factor:g} {unit}"
 
 
-def newest(study: str | None = None) -> dict[str, Any] | None:
+def newest(study: str | None = None, like: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The latest complete results of a CPU, by the date in them; None if there are none.
 
     Parameters
     ----------
     study : str, optional
-        ``"peers"`` or ``"scaling"``: results of compare.py or scaling.py, in place of run.py's.
+        ``"peers"``, ``"scaling"`` or ``"limits"``: results of compare.py, scaling.py or limits.py,
+        in place of run.py's.
+    like : dict, optional
+        A report: of the same processor and numbers of cores and threads alone.
     """
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
     reports = [r for r in reports if r.get("device") == "cpu" and r.get("complete")]
     reports = [r for r in reports if r.get("study") == study]
+    if like is not None:
+        reports = [r for r in reports if conditions(r) == conditions(like)]
     return max(reports, key=lambda report: str(report["date"]), default=None)
+
+
+def conditions(report: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be the same for times to be compared."""
+    machine = report["machine"]
+    return machine["cpu"], machine["cores"], report["threads"]
 
 
 def updated(text: str, table: str | None) -> str:

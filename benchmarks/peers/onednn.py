@@ -2,14 +2,12 @@
 """oneDNN: its vanilla RNN primitive, through a driver of our own that is compiled when needed."""
 
 import ctypes
-import hashlib
-import os
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import native
 import torch
 from cases import BenchmarkCase
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch import Tensor
 from .interface import Loaded, Peer, Problem
 
 SOURCE = Path(__file__).with_name("onednn_driver.cpp")
-BUILD = Path(__file__).resolve().parents[2] / "build" / "peers"
 LIBRARY, HEADERS = "onednn-cpu-gomp", "onednn-devel-cpu-gomp"
 ERROR_SIZE = 1024
 
@@ -144,16 +141,8 @@ def built() -> Path:
     """The driver as a shared library, compiled if there is none of this source and oneDNN."""
     headers = installed(HEADERS, "include/oneapi/dnnl/dnnl.hpp").parents[2]
     library = installed(LIBRARY, ".so.3")
-    key = hashlib.sha256(f"{SOURCE.read_text()}{library}{metadata.version(LIBRARY)}".encode())
-    path = BUILD / f"onednn_driver-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", str(SOURCE)]
-        command += [f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
-        subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True)
-        unfinished.replace(path)
-    return path
+    options = ["-O2", "-fopenmp", f"-I{headers}", str(library), f"-Wl,-rpath,{library.parent}"]
+    return native.library(SOURCE, *options, key=metadata.version(LIBRARY))
 
 
 def installed(package: str, end: str) -> Path:
