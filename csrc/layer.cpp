@@ -63,6 +63,31 @@ int64_t lowest_layer(const c10::List<bool>& needs, int64_t weights_per_layer) {
   return static_cast<int64_t>(weight - 2) / weights_per_layer;
 }
 
+/// The place of a cell's w_ih among all weights.
+int64_t first_weight(const RnnOptions& options, int64_t layer, int64_t direction) {
+  return (layer * options.directions() + direction) * options.weights_per_cell();
+}
+
+/// What is wanted of a layer, but for its input's gradient.
+WantedGradients wanted_of_layer(const c10::List<bool>& needs, const Tensor& grad_hx,
+                                const RnnOptions& options, int64_t layer) {
+  WantedGradients wanted;
+  wanted.hx = rows_of_layer(grad_hx, options, layer);
+  for (int64_t d = 0; d < options.directions(); ++d) {
+    std::array<bool, 4>& cell = wanted.cells.emplace_back();
+    for (int64_t i = 0; i < options.weights_per_cell(); ++i)
+      cell[i] = needs.get(2 + first_weight(options, layer, d) + i);
+  }
+  return wanted;
+}
+
+void put_gradients(std::vector<Tensor>& grad_weights, const Cell& cell, const RnnOptions& options,
+                   int64_t layer, int64_t direction) {
+  const std::array<Tensor, 4> tensors{cell.w_ih, cell.w_hh, cell.b_ih, cell.b_hh};
+  for (int64_t i = 0; i < options.weights_per_cell(); ++i)
+    grad_weights[first_weight(options, layer, direction) + i] = tensors[i];
+}
+
 }  // namespace
 
 ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
@@ -77,14 +102,27 @@ ForwardResult forward_layers(const Engine& engine, const Tensor& input, const Op
   const Tensor h_n = at::empty({options.num_layers * D, layout.B, H}, input.options());
   std::vector<Tensor> layer_outputs;
   Tensor x = input;
-  for (int64_t layer = 0; layer < options.num_layers; ++layer) {
-    const Tensor y = at::empty(output_sizes, input.options());
-    engine.layer_forward(layout, layer_of(x, hx, weights, options, layer), y,
-                         rows_of_layer(h_n, options, layer));
-    if (keep) layer_outputs.push_back(y);
-    x = y;
+  const Layer first = layer_of(input, hx, weights, options, 0);
+  if (options.num_layers > 1 && engine.runs_side_by_side != nullptr &&
+      engine.runs_side_by_side(layout, first, options.num_layers)) {
+    std::vector<Layer> layers{first};
+    for (int64_t layer = 0; layer < options.num_layers; ++layer) {
+      layer_outputs.push_back(at::empty(output_sizes, input.options()));
+      if (layer > 0)
+        layers.push_back(layer_of(layer_outputs[layer - 1], hx, weights, options, layer));
+    }
+    engine.stack_forward(layout, layers, layer_outputs, h_n);
+    x = layer_outputs.back();
+  } else {
+    for (int64_t layer = 0; layer < options.num_layers; ++layer) {
+      const Tensor y = at::empty(output_sizes, input.options());
+      engine.layer_forward(layout, layer == 0 ? first : layer_of(x, hx, weights, options, layer), y,
+                           rows_of_layer(h_n, options, layer));
+      if (keep) layer_outputs.push_back(y);
+      x = y;
+    }
   }
-  if (!keep) return {x, h_n, std::move(layer_outputs)};
+  if (!keep) return {x, h_n, {}};
   // The caller may write to the output before backward, which reads it: it gets its own copy.
   const Tensor output = at::empty(output_sizes, input.options());
   copy_contiguous(x, output);
@@ -106,30 +144,37 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
   if (needs.get(1)) grad_hx = at::empty({options.num_layers * D, layout.B, H}, input.options());
   std::vector<Tensor> grad_weights(weights.size());
 
-  const int64_t weights_per_layer = D * options.weights_per_cell();
-  const int64_t lowest = lowest_layer(needs, weights_per_layer);
+  const int64_t lowest = lowest_layer(needs, D * options.weights_per_cell());
+  const int64_t count = options.num_layers - lowest;
+  const auto layer_at = [&](int64_t layer) {
+    return layer_of(layer > 0 ? layer_outputs[layer - 1] : input, hx, weights, options, layer);
+  };
   Tensor grad_y = grad_output.value_or(Tensor());
-  for (int64_t layer = options.num_layers - 1; layer >= lowest; --layer) {
-    const int64_t first = layer * weights_per_layer;
-    const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
-    WantedGradients wanted;
-    wanted.input = layer > lowest ? at::empty(x.sizes(), x.options()) : grad_input;
-    wanted.hx = rows_of_layer(grad_hx, options, layer);
-    for (int64_t d = 0; d < D; ++d) {
-      std::array<bool, 4>& cell = wanted.cells.emplace_back();
-      for (int64_t i = 0; i < options.weights_per_cell(); ++i)
-        cell[i] = needs.get(2 + first + d * options.weights_per_cell() + i);
+  if (D == 1 && count > 0 && engine.stack_backward != nullptr) {
+    std::vector<Layer> layers;
+    std::vector<WantedGradients> wanted;
+    for (int64_t layer = lowest; layer < options.num_layers; ++layer) {
+      layers.push_back(layer_at(layer));
+      wanted.push_back(wanted_of_layer(needs, grad_hx, options, layer));
     }
-    const std::vector<Cell> cells = engine.layer_backward(
-        layout, layer_of(x, hx, weights, options, layer), layer_outputs[layer], grad_y,
-        rows_of_layer(grad_h_n, options, layer), wanted);
-    for (int64_t d = 0; d < D; ++d) {
-      const std::array<Tensor, 4> tensors{cells[d].w_ih, cells[d].w_hh, cells[d].b_ih,
-                                          cells[d].b_hh};
-      for (int64_t i = 0; i < options.weights_per_cell(); ++i)
-        grad_weights[first + d * options.weights_per_cell() + i] = tensors[i];
+    wanted[0].input = grad_input;
+    Tensor states = grad_h_n.value_or(Tensor());
+    if (states.defined() && lowest > 0) states = states.narrow(0, lowest, count);
+    const std::vector<Cell> cells =
+        engine.stack_backward(layout, layers, layer_outputs.slice(lowest), grad_y, states, wanted);
+    for (int64_t i = 0; i < count; ++i)
+      put_gradients(grad_weights, cells[i], options, lowest + i, /*direction=*/0);
+  } else {
+    for (int64_t layer = options.num_layers - 1; layer >= lowest; --layer) {
+      const Layer read = layer_at(layer);
+      WantedGradients wanted = wanted_of_layer(needs, grad_hx, options, layer);
+      wanted.input = layer > lowest ? at::empty(read.input.sizes(), input.options()) : grad_input;
+      const std::vector<Cell> cells =
+          engine.layer_backward(layout, read, layer_outputs[layer], grad_y,
+                                rows_of_layer(grad_h_n, options, layer), wanted);
+      for (int64_t d = 0; d < D; ++d) put_gradients(grad_weights, cells[d], options, layer, d);
+      grad_y = wanted.input;
     }
-    grad_y = wanted.input;
   }
   for (Tensor& gradient : grad_weights)
     if (!gradient.defined()) gradient = at::empty({0}, input.options());

@@ -54,6 +54,17 @@ struct Engine {
   std::vector<Cell> (*layer_backward)(const Layout& layout, const Layer& layer,
                                       const Tensor& output, const Tensor& grad_output,
                                       const Tensor& grad_h_n, const WantedGradients& wanted);
+  // All layers of a stack in one direction at once, each reading the output of the one before; or
+  // null. runs_side_by_side: whether forward does so, of layers that begin with `first`. h_n,
+  // grad_h_n [layers, B, H]; grad_output is the last one's; wanted.input counts for the first
+  // alone.
+  bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers) = nullptr;
+  void (*stack_forward)(const Layout& layout, const std::vector<Layer>& layers,
+                        at::TensorList outputs, const Tensor& h_n) = nullptr;
+  std::vector<Cell> (*stack_backward)(const Layout& layout, const std::vector<Layer>& layers,
+                                      at::TensorList outputs, const Tensor& grad_output,
+                                      const Tensor& grad_h_n,
+                                      const std::vector<WantedGradients>& wanted) = nullptr;
 };
 
 /// rnn_forward and rnn_backward by an engine, arguments not yet checked.

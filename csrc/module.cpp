@@ -123,9 +123,10 @@ py::dict build_info() {
 }
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                  at::ScalarType dtype, bool hx) {
-  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0,
-                    "cpu_plan: T and directions must be positive, B, I and H not negative");
+                  at::ScalarType dtype, bool hx, int64_t num_layers) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0 && num_layers > 0,
+                    "cpu_plan: T, directions and num_layers must be positive, B, I and H not "
+                    "negative");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
   const at::ScalarType type = fastrnn::cpu::kernel_type(dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
@@ -136,6 +137,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   shape.converts = type != dtype;
   shape.fast_products = fastrnn::cpu::has_tile_product(dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
+  shape.I = H * directions;
+  const fastrnn::cpu::StackPlan stack =
+      fastrnn::cpu::plan_stack(shape, num_layers, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
   result["step_products"] = plan.step_products;
@@ -149,6 +153,8 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["converts"] = plan.converts;
   result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
+  result["layer_threads"] = stack.threads;
+  result["layer_steps"] = stack.steps;
   return result;
 }
 
@@ -199,8 +205,9 @@ PYBIND11_MODULE(_C, m) {
       "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions") = 1, py::arg("dtype") = at::kFloat,
-        py::arg("hx") = false,
-        "How one layer of this shape runs on the CPU with the current number of threads.");
+        py::arg("hx") = false, py::arg("num_layers") = 1,
+        "How a layer of this shape, or a stack that begins with it, runs on the CPU with the "
+        "current number of threads.");
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
         py::kw_only(), py::arg("major") = py::none(), py::arg("multiprocessors") = py::none(),

@@ -28,6 +28,7 @@ def cpu_plan(
     directions: int = 1,
     dtype: torch.dtype = ...,
     hx: bool = False,
+    num_layers: int = 1,
 ) -> dict[str, Any]: ...
 def cuda_plan(
     T: int,

@@ -187,13 +187,17 @@ print("right")
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_team_of_which_not_all_come_computes_the_rest(limit):
+    process = run_with_thread_limit(ALONE, limit)
+    assert process.stdout == "right\n", process.stderr
+
+
+def run_with_thread_limit(code, limit):
     """The OpenMP runtime may give fewer threads than torch.get_num_threads() says."""
     paths = [str(Path(fastrnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "OMP_THREAD_LIMIT": str(limit),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    process = subprocess.run(
-        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=60
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
-    assert process.stdout == "right\n", process.stderr

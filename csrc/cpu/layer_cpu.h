@@ -14,9 +14,22 @@ inline at::ScalarType kernel_type(at::ScalarType given) {
   return given == at::kBFloat16 && has_bfloat16_kernels() ? given : compute_type(given);
 }
 
+/// Layers of one direction that run side by side, because one alone leaves threads idle. `first`:
+/// the first of `layers`.
+bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers);
+void stack_forward(const Layout& layout, const std::vector<Layer>& layers, at::TensorList outputs,
+                   const Tensor& h_n);
+
+/// Layers of one direction, chunk by chunk.
+std::vector<Cell> stack_backward(const Layout& layout, const std::vector<Layer>& layers,
+                                 at::TensorList outputs, const Tensor& grad_output,
+                                 const Tensor& grad_h_n,
+                                 const std::vector<WantedGradients>& wanted);
+
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n);
 
+/// Of both directions.
 std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
                                  const Tensor& grad_output, const Tensor& grad_h_n,
                                  const WantedGradients& wanted);

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "layer_common.h"
+#include "wavefront.h"
 
 namespace fastrnn::cpu {
 
@@ -68,20 +69,32 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   }
 }
 
-/// Tensors of type T: the outputs are the workspace, and directions run side by side.
+/// x W_ih^T for the steps `range`, written where the outputs will be.
+void multiply_input(const Layout& layout, const Layer& layer, const Tensor& x, Range range,
+                    const Tensor& output) {
+  const Tensor rows = as_rows(narrow_steps(layout, x, range));
+  const Tensor out = as_rows(narrow_steps(layout, output, range));
+  for (int64_t d = 0; d < layer.directions(); ++d)
+    multiply(rows, layer.cells[d].w_ih.t(), narrow_direction(out, d, layer.hidden_size()));
+}
+
+/// Tensors of type T: the outputs are the workspace, and directions run side by side. Steps
+/// `range`: all, or in one direction those that follow after the ones that have been run.
 template <typename T>
 void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
-                    const std::vector<PreparedCell<T>>& cells, const Tensor& x,
+                    const std::vector<PreparedCell<T>>& cells, const Tensor& x, Range range,
                     const Tensor& output) {
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Tensor hx = readable(layer.hx, output.scalar_type());
   std::vector<ForwardArgs<T>> args;
   for (int64_t d = 0; d < D; ++d) {
     ForwardArgs<T> a = cells[d].args();
-    a.steps = steps_of(layout, 0, layout.T, /*descending=*/d == 1, 0);
+    const int64_t carry_rows = range.begin == 0 ? 0 : layout.rows(range.begin - 1);
+    a.steps = steps_of(layout, range.begin, range.end, /*descending=*/d == 1, carry_rows);
     a.activation = layer.activation;
     if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
     a.y = sequence_of<T>(layout, output, 0, d * H);
+    if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.offset(range.begin - 1) * H, H};
     if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
     args.push_back(a);
   }
@@ -153,18 +166,13 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   const Plan plan = plan_layer(shape, available_threads());
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
-  const int64_t D = layer.directions(), H = layer.hidden_size();
-  if (!plan.fuse_input) {
-    // x W_ih^T for all steps at once, written where the outputs will be.
-    const Tensor rows = as_rows(x), out = as_rows(output);
-    for (int64_t d = 0; d < D; ++d)
-      multiply(rows, layer.cells[d].w_ih.t(), narrow_direction(out, d, H));
-  }
+  const int64_t D = layer.directions();
+  if (!plan.fuse_input) multiply_input(layout, layer, x, {0, layout.T}, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
   if (!plan.step_products && !plan.converts)
-    return forward_native<T>(layout, plan, layer, cells, x, output);
+    return forward_native<T>(layout, plan, layer, cells, x, {0, layout.T}, output);
   for (int64_t d = 0; d < D; ++d) {
     if (plan.step_products)
       forward_by_steps<T>(layout, plan, layer, d, cells[d], output);
@@ -173,7 +181,53 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   }
 }
 
+/// Layers of one direction side by side. Weights are packed anew for every part of the sequence:
+/// what one thread has packed would take longer to reach another.
+template <typename T>
+void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
+                      at::TensorList outputs, const StackPlan& stack) {
+  const Range all{0, layout.T};
+  const auto run = [&](int64_t l, int64_t part) {
+    const Layer& layer = layers[l];
+    const LayerShape shape = layer_shape(layout, layer);
+    const Plan plan = plan_layer(shape, /*threads=*/1);
+    const Tensor x = readable(layer.input, layer.input.scalar_type());
+    const std::vector<PreparedCell<T>> cells{{layer.cells[0], plan, shape.state_rows > 0}};
+    const Range range = part_of(all, stack.steps, part, /*descending=*/false);
+    if (!plan.fuse_input) multiply_input(layout, layer, x, range, outputs[l]);
+    forward_native<T>(layout, plan, layer, cells, x, range, outputs[l]);
+  };
+  run_wavefront(layers.size(), parts_in(all, stack.steps), stack.threads, run);
+}
+
+StackPlan stack_plan(const Layout& layout, const Layer& first, int64_t layers) {
+  LayerShape shape = layer_shape(layout, first);
+  shape.I = shape.H;
+  return plan_stack(shape, layers, available_threads());
+}
+
 }  // namespace
+
+bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers) {
+  return stack_plan(layout, first, layers).threads > 1;
+}
+
+void stack_forward(const Layout& layout, const std::vector<Layer>& layers, at::TensorList outputs,
+                   const Tensor& h_n) {
+  const StackPlan stack = stack_plan(layout, layers[0], layers.size());
+  switch (kernel_type(outputs[0].scalar_type())) {
+    case at::kDouble:
+      stack_forward_as<double>(layout, layers, outputs, stack);
+      break;
+    case at::kBFloat16:
+      stack_forward_as<BFloat16>(layout, layers, outputs, stack);
+      break;
+    default:
+      stack_forward_as<float>(layout, layers, outputs, stack);
+  }
+  for (size_t l = 0; l < layers.size(); ++l)
+    copy_final_state(layout, 0, outputs[l], h_n.narrow(0, l, 1));
+}
 
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n) {

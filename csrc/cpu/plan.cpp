@@ -42,6 +42,11 @@ constexpr int64_t kLargePanelBytes = 1 << 20;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
 constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
+// Parts of a sequence for each thread, where layers run side by side: some, so that all are busy
+// most of the time, but of so many multiply-adds in each layer that starting one, some 7 us, counts
+// little.
+constexpr int64_t kStackParts = 4, kWorkPerPart = 1 << 20;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -103,6 +108,21 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 16, kConvertBytes);
   plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
   return plan;
+}
+
+StackPlan plan_stack(const LayerShape& s, int64_t layers, int64_t threads) {
+  StackPlan stack{1, s.T};
+  const Plan plan = plan_layer(s, threads);
+  const int64_t walks = plan.row_blocks * plan.column_blocks;
+  if (layers == 1 || s.directions == 2 || s.converts || plan.step_products || walks > 1)
+    return stack;
+  const int64_t work = s.total_rows * (s.I + s.H) * s.H;
+  const int64_t parts = work / kWorkPerPart;
+  stack.threads = std::clamp<int64_t>(parts, 1, std::min(threads, layers));
+  if (stack.threads > 1)
+    stack.steps =
+        divide_up(s.T, stack.threads * std::clamp<int64_t>(parts / stack.threads, 1, kStackParts));
+  return stack;
 }
 
 }  // namespace fastrnn::cpu

@@ -18,6 +18,7 @@
 #include "bfloat16.inl"
 #endif
 #include "activations.inl"
+#include "pack.inl"
 #include "step.inl"
 #include "team.inl"
 #include "walk.inl"
@@ -100,36 +101,6 @@ void backward_loop(const BackwardArgs<T>& a) {
             else
               run_step<T, BackwardEpilogue<Act>>(s, rounds, t & 1);
           });
-}
-
-template <typename T>
-int64_t padded_columns(int64_t N) {
-  return (N + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-template <typename T>
-int64_t packed_size(int64_t K, int64_t N) {
-  return round_up_to_depth<T>(K) * padded_columns<T>(N);
-}
-
-template <typename T>
-void pack(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N, T* panels) {
-  const int64_t depth = round_up_to_depth<T>(K);
-  for (int64_t column = 0; column < N; column += kPanel<T>) {
-    const int64_t width = N - column < kPanel<T> ? N - column : kPanel<T>;
-    const int64_t padded = padded_columns<T>(width);
-    // Few k at a time: both the rows read and the lines written then stay in the nearest cache.
-    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-      const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
-      for (int64_t n = 0; n < padded; ++n) {
-        const T* from = source + (column + n) * n_stride;
-        for (int64_t k = k0; k < k1; ++k)
-          panels[(k / kDepth<T> * padded + n) * kDepth<T> + k % kDepth<T>] =
-              k < K && n < width ? from[k * k_stride] : T{};
-      }
-    }
-    panels += depth * padded;
-  }
 }
 
 template <typename T>

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Backward of one direction of a layer, from its input and output alone:
+//
+//   delta_t = (grad_y_t + delta_{t+1} W_hh) f'(y_t)            recurrence.h
+//   grad_x = delta W_ih     grad_W_ih = delta^T x     grad_b = sum delta
+//   grad_hx = delta_0 W_hh  grad_W_hh = delta^T h_prev,  h_prev = hx, y_0, y_1, ...
+//
+// The products run over a chunk of steps at a time, so that delta's workspace does not grow with T.
+// Included by layer_backward.cpp alone.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cstring>
+
+#include "layer_common.h"
+
+namespace fastrnn::cpu {
+
+namespace {
+
+/// sum += a b; the first product makes it.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  const bool first = !sum.defined();
+  if (first) sum = at::empty({a.size(0), b.size(1)}, a.options());
+  multiply(a, b, sum, /*accumulate=*/!first);
+}
+
+/// Consecutive steps of one direction: what the recurrence reads and writes.
+struct Chunk {
+  Range range;
+  int64_t y_begin;          // first step of y
+  Tensor y, grad_y, delta;  // [.., H]; grad_y may be undefined, or delta itself
+};
+
+/// The walk of one direction through its chunks, against the forward's time. T: the type computed
+/// in. Tensors are of the caller's dtype unless they say T.
+template <typename T>
+class DirectionBackward {
+ public:
+  DirectionBackward(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
+                    const Tensor& grad_h_n, const WantedGradients& wanted)
+      : layout_(layout),
+        plan_(plan),
+        input_(layer.input),
+        cell_(layer.cells[d]),
+        activation_(layer.activation),
+        d_(d),
+        H_(layer.hidden_size()),
+        wanted_(wanted.cells[d]),
+        packs_(plan.pack_weights || kernels<T>().padded_columns(H_) != H_) {
+    if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
+    if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
+    if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
+  }
+
+  bool reverse() const { return d_ == 1; }
+
+  /// Chunk number i of the walk, without grad_y and delta.
+  Chunk chunk(int64_t i, const Tensor& output) const {
+    Chunk c;
+    c.range = part_of({0, layout_.T}, plan_.backward_steps, i, /*descending=*/!reverse());
+    // The outputs of the chunk, and of the neighbouring step whose state enters it.
+    c.y_begin = reverse() ? c.range.begin : std::max<int64_t>(0, c.range.begin - 1);
+    const int64_t y_end = reverse() ? std::min(layout_.T, c.range.end + 1) : c.range.end;
+    c.y = columns(output, {c.y_begin, y_end});
+    return c;
+  }
+
+  /// This direction's columns of a chunk of [.., D * H].
+  Tensor columns(const Tensor& t, Range range) const {
+    return readable(narrow_direction(narrow_steps(layout_, t, range), d_, H_), t.scalar_type());
+  }
+
+  Tensor make_delta(Range range) const { return make_delta(range, input_.scalar_type()); }
+
+  /// The recurrence's arguments for a chunk whose tensors are of type T.
+  BackwardArgs<T> recurrence_args(const Chunk& c) const {
+    BackwardArgs<T> a;
+    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/!reverse(), carry_rows_);
+    a.H = H_;
+    a.activation = activation_;
+    a.w_hh_panels = w_hh_panels_.data();
+    a.w_hh = matrix_of<T>(w_hh_);
+    a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
+    a.grad_h_n = matrix_of<T>(grad_h_n_);
+    a.carry = matrix_of<T>(carry_);
+    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.delta = sequence_of<T>(layout_, c.delta, c.range.begin, 0);
+    return a;
+  }
+
+  /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
+  /// gradients and it are never in memory together.
+  void pack() {
+    if (layout_.T == 1) return;
+    if (packs_)
+      w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
+    else
+      w_hh_ = readable(cell_.w_hh, kType);
+  }
+  void unpack() {
+    w_hh_panels_ = {};
+    w_hh_ = Tensor();
+  }
+
+  /// Keeps delta of the last step walked for the chunk after this one.
+  void keep_carry(const Chunk& c) {
+    const int64_t last = last_step(c);
+    if (last == (reverse() ? layout_.T - 1 : 0)) {
+      carry_ = Tensor();
+      return;
+    }
+    carry_rows_ = layout_.rows(last);
+    carry_ = rows_at(c, last, 0, carry_rows_).clone();
+  }
+
+  /// The recurrence with a product by ATen in each step, in place in delta:
+  ///   delta_t = ( grad_y_t + delta_{t+1} W_hh ) f'(y_t)
+  void run_by_steps(const Chunk& c) {
+    if (c.grad_y.defined())
+      c.delta.copy_(c.grad_y);
+    else
+      c.delta.zero_();
+    Plan alone = plan_;
+    alone.column_blocks = 1;  // there is no product to share
+    for (int64_t i = 0; i < parts_in(c.range, 1); ++i) {
+      Chunk step;
+      step.range = part_of(c.range, 1, i, /*descending=*/!reverse());
+      step.y_begin = step.range.begin;
+      const Tensor delta = narrow_steps(layout_, c.delta, step.range, c.range.begin);
+      const bool first = !carry_.defined();
+      if (!first) multiply(carry_, cell_.w_hh, delta[0], /*accumulate=*/true);
+      carry_ = Tensor();  // the product is made: the kernel adds none
+      step.y = narrow_steps(layout_, c.y, step.range, c.y_begin);
+      step.delta = step.grad_y = delta;
+      BackwardArgs<T> a = recurrence_args(step);
+      a.steps.carry_rows = 0;
+      if (!first) a.grad_h_n = {};
+      run_parts(layout_, alone, std::vector{a}, kernels<T>().backward);
+      carry_ = delta[0];
+    }
+  }
+
+  /// The recurrence of a 16-bit chunk: a few steps at a time are converted to float32 and back;
+  /// what passes from step to step stays in float32.
+  void run_converted(const Chunk& c) {
+    for (int64_t i = 0; i < parts_in(c.range, plan_.convert_steps); ++i) {
+      Chunk part;
+      part.range = part_of(c.range, plan_.convert_steps, i, /*descending=*/!reverse());
+      part.y_begin = part.range.begin;
+      part.y = readable(narrow_steps(layout_, c.y, part.range, c.y_begin), kType);
+      if (c.grad_y.defined())
+        part.grad_y = readable(narrow_steps(layout_, c.grad_y, part.range, c.range.begin), kType);
+      part.delta = make_delta(part.range, kType);
+      run_parts(layout_, plan_, std::vector{recurrence_args(part)}, kernels<T>().backward);
+      narrow_steps(layout_, c.delta, part.range, c.range.begin).copy_(part.delta);
+      keep_carry(part);
+    }
+  }
+
+  /// Everything that is made of a chunk's delta. grad_input: of the chunk's steps, added to where
+  /// `accumulate`, undefined if not wanted.
+  void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
+    keep_first_delta(c);
+    if (plan_.own_outer_product)
+      add_outer_products(c);
+    else
+      add_products(c);
+    if (grad_input.defined())
+      multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
+  }
+
+  /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
+  Cell finish(const Tensor& grad_hx) {
+    if (grad_hx.defined()) multiply(delta_first_, cell_.w_hh, grad_hx);
+    if (!grad_b_.empty()) {
+      sums_.b_ih = at::empty({H_}, input_.options());
+      std::memcpy(sums_.b_ih.mutable_data_ptr(), grad_b_.data(), sums_.b_ih.nbytes());
+    }
+    Cell result = sums_;
+    // A single step without hx has no previous state.
+    if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros_like(cell_.w_hh);
+    // Both biases have the same gradient, each in its own tensor.
+    if (wanted_[3]) result.b_hh = sums_.b_ih;
+    if (!wanted_[2]) result.b_ih = Tensor();
+    if (wanted_[2] && wanted_[3]) {
+      result.b_hh = at::empty({H_}, input_.options());
+      copy_contiguous(sums_.b_ih, result.b_hh);
+    }
+    return result;
+  }
+
+ private:
+  static constexpr at::ScalarType kType = kScalarType<T>;
+
+  Tensor make_delta(Range range, at::ScalarType type) const {
+    const auto options = input_.options().dtype(type);
+    if (layout_.packed())
+      return at::empty({layout_.offset(range.end) - layout_.offset(range.begin), H_}, options);
+    return at::empty({range.end - range.begin, layout_.B, H_}, options);
+  }
+
+  int64_t last_step(const Chunk& c) const { return reverse() ? c.range.end - 1 : c.range.begin; }
+
+  /// Rows [first, first + count) of delta at step t.
+  Tensor rows_at(const Chunk& c, int64_t t, int64_t first, int64_t count) const {
+    const int64_t start = layout_.offset(t) - layout_.offset(c.range.begin) + first;
+    return c.delta.view({-1, H_}).narrow(0, start, count);
+  }
+
+  /// Copies the rows whose first step, in forward order, lies in the chunk.
+  void keep_first_delta(const Chunk& c) {
+    if (!delta_first_.defined()) return;
+    if (!reverse()) {
+      if (c.range.begin == 0) delta_first_.copy_(rows_at(c, 0, 0, layout_.B));
+      return;
+    }
+    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+      const int64_t ongoing = t + 1 < layout_.T ? layout_.rows(t + 1) : 0;
+      const int64_t count = layout_.rows(t) - ongoing;
+      if (count > 0) delta_first_.narrow(0, ongoing, count).copy_(rows_at(c, t, ongoing, count));
+    }
+  }
+
+  /// Weight gradients by one pass of our own over the steps, for small sizes.
+  void add_outer_products(const Chunk& c) {
+    if (!wanted_[0] && !wanted_[1] && !wanted_[2] && !wanted_[3]) return;
+    const Tensor x =
+        wanted_[0] ? readable(narrow_steps(layout_, input_, c.range), kType) : Tensor();
+    WeightGradientArgs<T> a;
+    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/reverse(), 0);
+    const int64_t before = reverse() ? c.range.end : c.range.begin - 1;
+    if (before >= 0 && before < layout_.T) a.steps.carry_rows = layout_.rows(before);
+    a.I = cell_.w_ih.size(1);
+    a.H = H_;
+    a.x = sequence_of<const T>(layout_, x, c.range.begin, 0);
+    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.hx = matrix_of<T>(hx_);
+    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
+    const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> T* {
+      if (!wanted) return nullptr;
+      const bool first = !sum.defined();
+      if (first) sum = at::empty(sizes, input_.options());
+      T* data = mutable_data_of<T>(sum);
+      if (first) std::memset(data, 0, sum.nbytes());
+      return data;
+    };
+    a.grad_w_ih = zeroed(sums_.w_ih, wanted_[0], {H_, a.I});
+    a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});
+    if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
+    if (!grad_b_.empty()) a.grad_b = grad_b_.data();
+    a.parts = plan_.parallel ? available_threads() : 1;
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        WeightGradientArgs<T> part = a;
+        part.part = i;
+        kernels<T>().weight_gradients(part);
+      }
+    };
+    if (a.parts == 1)
+      run(0, 1);
+    else
+      at::parallel_for(0, a.parts, 1, run);
+  }
+
+  /// Weight gradients by matrix products.
+  void add_products(const Chunk& c) {
+    const Tensor rows = as_rows(c.delta), delta_t = rows.t();
+    if (wanted_[2] || wanted_[3]) {
+      const Tensor sum = rows.sum(0);
+      if (sums_.b_ih.defined())
+        sums_.b_ih.add_(sum);
+      else
+        sums_.b_ih = sum;
+    }
+    if (wanted_[0])
+      add_product(sums_.w_ih, delta_t, as_rows(narrow_steps(layout_, input_, c.range)));
+    if (!wanted_[1]) return;
+    if (layout_.packed()) {
+      add_product(sums_.w_hh, delta_t, gather_previous(c));
+      return;
+    }
+    const int64_t B = layout_.B, first = reverse() ? layout_.T - 1 : 0;
+    const auto rows_of = [&](const Tensor& t, int64_t origin, int64_t from, int64_t to) {
+      return t.narrow(0, (from - origin) * B, (to - from) * B);
+    };
+    const bool has_first = c.range.begin <= first && first < c.range.end;
+    // Steps whose previous state is an output: all but `first`.
+    const int64_t from = has_first && !reverse() ? c.range.begin + 1 : c.range.begin;
+    const int64_t to = has_first && reverse() ? c.range.end - 1 : c.range.end;
+    if (from < to) {
+      const int64_t shift = reverse() ? 1 : -1;
+      add_product(sums_.w_hh, rows_of(rows, c.range.begin, from, to).t(),
+                  rows_of(as_rows(c.y), c.y_begin, from + shift, to + shift));
+    }
+    if (has_first && hx_.defined())
+      add_product(sums_.w_hh, rows_of(rows, c.range.begin, first, first + 1).t(), hx_);
+  }
+
+  /// h_prev of packed rows, gathered: row (t, b) is y at b's previous step, or hx, or zero.
+  Tensor gather_previous(const Chunk& c) const {
+    const Tensor previous = at::empty_like(c.delta);
+    const size_t row_bytes = H_ * previous.element_size();
+    const size_t y_stride = c.y.stride(0) * previous.element_size();
+    char* out = static_cast<char*>(previous.mutable_data_ptr());
+    const char* states = static_cast<const char*>(c.y.const_data_ptr());
+    const char* initial = hx_.defined() ? static_cast<const char*>(hx_.const_data_ptr()) : nullptr;
+    const size_t hx_stride = initial ? hx_.stride(0) * previous.element_size() : 0;
+    const int64_t origin = layout_.offset(c.y_begin);
+    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+      const int64_t before = reverse() ? t + 1 : t - 1;
+      const int64_t ongoing =
+          before < 0 || before >= layout_.T ? 0 : std::min(layout_.rows(before), layout_.rows(t));
+      for (int64_t b = 0; b < layout_.rows(t); ++b, out += row_bytes) {
+        if (b < ongoing)
+          std::memcpy(out, states + (layout_.offset(before) - origin + b) * y_stride, row_bytes);
+        else if (initial)
+          std::memcpy(out, initial + b * hx_stride, row_bytes);
+        else
+          std::memset(out, 0, row_bytes);
+      }
+    }
+    return previous;
+  }
+
+  const Layout& layout_;
+  const Plan& plan_;
+  const Tensor& input_;
+  const Cell& cell_;
+  const Activation activation_;
+  const int64_t d_, H_;
+  const std::array<bool, 4> wanted_;
+  Tensor hx_, grad_h_n_;   // [B, H] or undefined; grad_h_n_ in T
+  const bool packs_;       // W_hh, else it is read as it is
+  Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T; between pack and unpack, as is
+  Tensor w_hh_;            // W_hh itself
+  Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
+  int64_t carry_rows_ = 0;
+  Tensor delta_first_;     // [B, H] delta at each row's first forward step; undefined if not wanted
+  Cell sums_;              // undefined before the first chunk; b_hh is not used
+  std::vector<T> grad_b_;  // in place of sums_.b_ih, by our kernel: [H] or empty
+};
+
+}  // namespace
+
+}  // namespace fastrnn::cpu
