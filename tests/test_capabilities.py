@@ -56,7 +56,7 @@ def test_results_and_gradients_are_right_with_every_capability(capability, best)
         pytest.skip(f"this processor's best capability is {best}")
     # 16 bits are computed in float32, by the same kernels.
     process = run_python(
-        RUN_TESTS, capability, "-p", "no:cacheprovider", "test_operators.py",
+        RUN_TESTS, capability, "-p", "no:cacheprovider", "test_operators.py", "test_results.py",
         "-k", "(float64 or float32) and not grid",
         ATEN_CPU_CAPABILITY=capability,
     )  # fmt: skip
