@@ -4,7 +4,9 @@
 Each expectation is read off torch.nn.RNN when the test runs.
 """
 
+import ctypes
 import functools
+import mmap
 
 import pytest
 import torch
@@ -119,6 +121,40 @@ def test_result_may_be_edited_in_place_before_backward(form, which):
         tensor(results[which]).detach().zero_()
         gradients.append(torch.autograd.grad(value, [tensor(x), hx, *module.parameters()]))
     close(*gradients)
+
+
+def at_page_end(values):
+    """The same numbers, in memory behind which every access ends the process."""
+    page, size = mmap.PAGESIZE, values.numel() * values.itemsize
+    used = -(-size // page) * page
+    memory = mmap.mmap(-1, used + page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + used
+    no_access = 0
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), no_access)
+    flat = torch.frombuffer(memory, dtype=values.dtype, offset=used - size, count=values.numel())
+    return flat.view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, B", [(2, 3), (3, 7)], ids=["weights as they are", "packed weights"])
+def test_nothing_beyond_the_end_of_a_row_is_read_or_written(T, B, dtype):
+    # Rows of up to two of the widest vectors, of 64 bytes. What is written beyond a row's end
+    # spoils the other direction's output, or a later step's gradient.
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    for H in range(1, 2 * 64 // dtype.itemsize + 1):
+        generator = torch.Generator().manual_seed(H)
+        shapes = (T, B, H), (2, B, H), (T, B, 2 * H), (2, B, H)
+        drawn = [torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes]
+        outcomes = []
+        ours, theirs = pair(H, H, dtype=dtype, bidirectional=True)
+        for module, place in [(ours, at_page_end), (theirs, torch.clone)]:
+            for parameter in module.parameters():
+                parameter.data = place(parameter.data)
+            x, hx, *gradients = map(place, drawn)
+            leaves = [x.requires_grad_(), hx.requires_grad_(), *module.parameters()]
+            results = module(x, hx)
+            outcomes.append([*results, *torch.autograd.grad(results, leaves, gradients)])
+        close(*outcomes, rtol=tolerance, atol=tolerance)
 
 
 def gradients_after_editing(module, which):

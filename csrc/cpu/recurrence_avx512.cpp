@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 // After every include: what a header defines must not be compiled for this target.
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -17,9 +19,22 @@
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_TILE_ROWS 6
 #define FASTRNN_TILE_VECTORS 4
+#define FASTRNN_MASKED_LOAD
 
 namespace fastrnn::cpu {
 namespace avx512_target {
+namespace {
+
+// The first `count` elements at p, the other lanes zero: the processor does not touch their memory.
+inline __m512 masked_load(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline __m512d masked_load(const double* p, int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+}
+
+}  // namespace
+
 #include "recurrence.inl"
 }  // namespace avx512_target
 

@@ -136,8 +136,7 @@ FASTRNN_INLINE void add_rows(Vec<T> (&acc)[R][V], Matrix<const T> m, int64_t row
 }
 
 /// out = f( acc + bias + addends ) for R rows by V vectors, columns from `column`. `tail` is the
-/// number of columns in the last vector where that is not full, else 0: full-width stores are never
-/// masked, because a masked store does not forward to the next step's loads.
+/// number of columns in the last vector where that is not full, else 0.
 template <typename T, typename Epilogue, int R, int V>
 FASTRNN_INLINE void finish(Vec<T> (&acc)[R][V], const Step<T>& s, int64_t row, int64_t column,
                            int64_t tail) {

@@ -54,12 +54,20 @@ FASTRNN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-/// The first `count` lanes, the others zero. A loop and not a mask: it only runs at a row's tail.
+/// The first `count` lanes, less than all, the others zero. Nothing behind those is read.
 template <typename T>
 FASTRNN_INLINE Vec<T> load_tail(const T* p, int64_t count) {
+#ifdef FASTRNN_MASKED_LOAD
+  return (Vec<T>)masked_load(p, count);
+#else
   Vec<T> v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  // Unrolled, each lane is set in the register: a lane whose number is not a constant takes v to
+  // the stack and back.
+#pragma GCC unroll 8
+  for (int64_t i = 0; i + 1 < kLanes<T>; ++i)
+    if (i < count) v[i] = p[i];
   return v;
+#endif
 }
 
 /// The last `count` of the K numbers at p, less than kWeights, in some lanes that depend on K and
@@ -74,11 +82,21 @@ FASTRNN_INLINE Vec<T> load_end(const T* p, int64_t K, int64_t count) {
   return (Vec<T>)((Bits<T>)load<T>(p + K - kLanes<T>) & wanted);
 }
 
+/// The first `count` of twice kPiece elements, in pieces: half of them, a quarter, and so on.
+template <typename T, int64_t kPiece>
+FASTRNN_INLINE void store_pieces(T* p, const T* elements, int64_t count) {
+  const int64_t size = count & kPiece;
+  if (size != 0) __builtin_memcpy(p, elements, kPiece * sizeof(T));
+  if constexpr (kPiece > 1) store_pieces<T, kPiece / 2>(p + size, elements + size, count);
+}
+
+/// The first `count` lanes, less than all. Nothing behind those is written. Pieces and not a mask:
+/// with AVX-512 that is no faster, with AVX2 slower, and others have none.
 template <typename T>
 FASTRNN_INLINE void store_tail(T* p, Vec<T> v, int64_t count) {
   T lanes[kLanes<T>];
   store<T>(lanes, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+  store_pieces<T, kLanes<T> / 2>(p, lanes, count);
 }
 
 /// A vector of packed weights: kDepth of them in each lane.

@@ -12,6 +12,17 @@ constexpr int64_t kOuterRows = 128;
 /// Rows in a part of the bias's gradient, all of whose terms may have one sign.
 constexpr int64_t kSumRows = 32;
 
+/// out[n][r] += sums[r][n] for n < width; out: [.., ld]. Never inlined: the compiler would take
+/// single elements from the accumulators, and for that keep these in memory all the time.
+template <typename T, int R, int64_t N>
+__attribute__((noinline)) void add_transposed(const T (&sums)[R][N], int64_t width, T* out,
+                                              int64_t ld) {
+  for (int64_t n = 0; n < width; ++n) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) out[n * ld + r] += sums[r][n];
+  }
+}
+
 /// out[n][k] += sum_row delta[row][n] * a[row][k] for R columns k of `a` and V vectors of n.
 /// out: [.., ld], at its element (n, k). The tile is kept transposed, so that the vectors run along
 /// n whatever the number of columns of `a`.
@@ -35,11 +46,13 @@ void outer_tile(int64_t rows, Matrix<const T> delta, int64_t tail, Matrix<const 
     }
   }
   const int64_t width = tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>;
+  T sums[R][V * kLanes<T>];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    T sums[V * kLanes<T>];
-    for (int v = 0; v < V; ++v) store<T>(sums + v * kLanes<T>, acc[r][v]);
-    for (int64_t n = 0; n < width; ++n) out[n * ld + r] += sums[n];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store<T>(sums[r] + v * kLanes<T>, acc[r][v]);
   }
+  add_transposed(sums, width, out, ld);
 }
 
 template <typename T, int V>
@@ -49,6 +62,7 @@ void outer_columns(int64_t rows, Matrix<const T> delta, int64_t tail, Matrix<con
   const auto at = [&](int64_t column) { return Matrix<const T>{a.data + column, a.row_stride}; };
   for (; k + kOuterColumns <= columns; k += kOuterColumns)
     outer_tile<T, kOuterColumns, V>(rows, delta, tail, at(k), out + k, ld);
+  for (; k + 4 <= columns; k += 4) outer_tile<T, 4, V>(rows, delta, tail, at(k), out + k, ld);
   for (; k + 2 <= columns; k += 2) outer_tile<T, 2, V>(rows, delta, tail, at(k), out + k, ld);
   if (k < columns) outer_tile<T, 1, V>(rows, delta, tail, at(k), out + k, ld);
 }
