@@ -36,7 +36,7 @@ constexpr int64_t kWorkPerThread = 1 << 19;
 // Chunks of backward: large enough for the products over them to run at full speed, and a part of
 // the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
-constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 1 << 16, kParts = 4;
+constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 3 << 15, kParts = 4;
 // Smaller panels are too little memory to give up the speed of packing for.
 constexpr int64_t kLargePanelBytes = 1 << 20;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
