@@ -142,7 +142,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
       fastrnn::cpu::plan_stack(shape, num_layers, at::get_num_threads());
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
+  result["own_input_product"] = plan.own_input_product;
   result["step_products"] = plan.step_products;
+  result["backward_step_products"] = plan.backward_step_products;
   result["pack_weights"] = plan.pack_weights;
   result["pack_input_weights"] = plan.pack_input_weights;
   result["own_outer_product"] = plan.own_outer_product;

@@ -96,4 +96,12 @@ struct Relu {
   }
 };
 
+/// For a product alone.
+struct Identity {
+  template <typename T>
+  static FASTRNN_INLINE Vec<T> value(Vec<T> x) {
+    return x;
+  }
+};
+
 }  // namespace

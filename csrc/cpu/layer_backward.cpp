@@ -12,7 +12,7 @@ template <typename T>
 void run_recurrence(const Layout& layout, const Plan& plan, bool first, DirectionBackward<T>* walks,
                     const std::vector<Chunk>& chunks) {
   const size_t count = chunks.size();
-  const bool step_products = plan.step_products || (plan.packs_once && !first);
+  const bool step_products = plan.backward_step_products || (plan.packs_once && !first);
   if (step_products) {
     for (size_t d = 0; d < count; ++d) {
       walks[d].run_by_steps(chunks[d]);

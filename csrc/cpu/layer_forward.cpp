@@ -69,13 +69,44 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   }
 }
 
+/// out = x W^T, of few rows, by threads that share the columns.
+template <typename T>
+void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& out) {
+  const Tensor w = readable(weight, kScalarType<T>);
+  ProductArgs<T> a;
+  a.rows = x.size(0);
+  a.K = x.size(1);
+  a.N = w.size(0);
+  a.x = matrix_of<T>(x);
+  a.w = matrix_of<T>(w);
+  a.out = {mutable_data_of<T>(out), out.stride(0)};
+  const int64_t vector = kernels<T>().padded_columns(1), vectors = (a.N + vector - 1) / vector;
+  const auto run = [&](int64_t begin, int64_t end) {
+    ProductArgs<T> part = a;
+    part.begin = begin * vector;
+    part.end = std::min(a.N, end * vector);
+    kernels<T>().product(part);
+  };
+  if (plan.parallel)
+    at::parallel_for(0, vectors, 1, run);
+  else
+    run(0, vectors);
+}
+
 /// x W_ih^T for the steps `range`, written where the outputs will be.
-void multiply_input(const Layout& layout, const Layer& layer, const Tensor& x, Range range,
-                    const Tensor& output) {
+template <typename T>
+void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
+                    Range range, const Tensor& output) {
   const Tensor rows = as_rows(narrow_steps(layout, x, range));
   const Tensor out = as_rows(narrow_steps(layout, output, range));
-  for (int64_t d = 0; d < layer.directions(); ++d)
-    multiply(rows, layer.cells[d].w_ih.t(), narrow_direction(out, d, layer.hidden_size()));
+  for (int64_t d = 0; d < layer.directions(); ++d) {
+    const Tensor& w_ih = layer.cells[d].w_ih;
+    const Tensor target = narrow_direction(out, d, layer.hidden_size());
+    if (plan.own_input_product)
+      multiply_few_rows<T>(plan, rows, w_ih, target);
+    else
+      multiply(rows, w_ih.t(), target);
+  }
 }
 
 /// Tensors of type T: the outputs are the workspace, and directions run side by side. Steps
@@ -167,7 +198,7 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
-  if (!plan.fuse_input) multiply_input(layout, layer, x, {0, layout.T}, output);
+  if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, {0, layout.T}, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
@@ -194,7 +225,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     const Tensor x = readable(layer.input, layer.input.scalar_type());
     const std::vector<PreparedCell<T>> cells{{layer.cells[0], plan, shape.state_rows > 0}};
     const Range range = part_of(all, stack.steps, part, /*descending=*/false);
-    if (!plan.fuse_input) multiply_input(layout, layer, x, range, outputs[l]);
+    if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, range, outputs[l]);
     forward_native<T>(layout, plan, layer, cells, x, range, outputs[l]);
   };
   run_wavefront(layers.size(), parts_in(all, stack.steps), stack.threads, run);

@@ -31,6 +31,9 @@ constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTiny
 // Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step,
 // and the hidden size from which 16-bit matrix instructions in that product outweigh all else.
 constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
+// ATen's product packs both matrices. For few rows of many features that costs more than the
+// product itself, and reading weights as they are is faster.
+constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
 // Chunks of backward: large enough for the products over them to run at full speed, and a part of
@@ -65,7 +68,13 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
                                        : reuses_input_weight || s.total_rows <= kRowsToPack);
   plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
   const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
-  plan.step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
+  plan.own_input_product =
+      !plan.fuse_input && !s.converts && !large_16bit && s.total_rows * kFeaturesPerRow <= s.I;
+  plan.backward_step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
+  const bool few_in_step = s.B <= kFewRows && s.B * kFeaturesPerRow <= s.H && !large_16bit;
+  plan.step_products = plan.backward_step_products && !few_in_step;
+  const bool reads_as_is = plan.backward_step_products && few_in_step;
+  if (reads_as_is) plan.pack_weights = false;
   const bool is_16bit = s.converts || s.element_size == 2;
   plan.own_outer_product = !is_16bit && s.H <= kOuterHidden && s.I <= kOuterInput;
 
@@ -74,8 +83,11 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
   const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
+  // Parts of few rows would each read all of a large weight.
   plan.row_blocks =
-      std::clamp<int64_t>(std::min(useful_threads / together, s.B / rows_per_block), 1, threads);
+      reads_as_is ? 1
+                  : std::clamp<int64_t>(std::min(useful_threads / together, s.B / rows_per_block),
+                                        1, threads);
   plan.column_blocks = 1;
   const int64_t rows = mean_rows / plan.row_blocks;
   if (!plan.step_products && std::max<int64_t>(2, rows) * s.H * s.H / 2 >= kWorkToShare)

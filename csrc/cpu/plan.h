@@ -19,9 +19,11 @@ struct LayerShape {
 };
 
 struct Plan {
-  bool fuse_input;     // x * W_ih^T inside the step; else one product over all steps before
+  bool fuse_input;         // x * W_ih^T inside the step; else one product over all steps before
+  bool own_input_product;  // that product by our kernel for few rows; else by ATen
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
-  bool pack_weights;   // into panels; else they are read as they are (backward: whole vectors only)
+  bool backward_step_products;  // the same in backward
+  bool pack_weights;  // into panels; else they are read as they are (backward: whole vectors only)
   bool pack_input_weights;  // the same for W_ih, where x is read in the step
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other
@@ -29,7 +31,7 @@ struct Plan {
   int64_t column_blocks;    // threads that share each of those parts' steps, a part of H each
   bool own_outer_product;   // weight gradients by our kernel; else by ATen's matrix product
   int64_t backward_steps;   // steps per chunk of the backward workspace
-  bool packs_once;          // backward's chunks after the first use step_products
+  bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)
 };
 

@@ -145,6 +145,17 @@ struct WeightGradientArgs {
   T* grad_b = nullptr;      // [H], or null
 };
 
+/// Product of few rows with a weight as it is, columns [begin, end) of padded_columns(N):
+///   out = x * W^T
+template <typename T>
+struct ProductArgs {
+  int64_t rows = 0, K = 0, N = 0;
+  int64_t begin = 0, end = 0;  // whole vectors, the last one's tail excepted
+  Matrix<const T> x;           // [rows, K]
+  Matrix<const T> w;           // [N, K]
+  Matrix<T> out;               // [rows, N]
+};
+
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
 /// disjoint rows, or as a team on the same rows. Those of BFloat16 round where they store,
 /// multiply two terms at a time where weights are packed, and flush subnormal numbers to zero.
@@ -160,6 +171,7 @@ struct Kernels {
                T* panels);
   void (*forward)(const ForwardArgs<T>& args);
   void (*backward)(const BackwardArgs<T>& args);
+  void (*product)(const ProductArgs<T>& args);
   void (*weight_gradients)(const WeightGradientArgs<T>& args);  // not of BFloat16
 };
 

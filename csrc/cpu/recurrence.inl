@@ -105,6 +105,19 @@ void backward_loop(const BackwardArgs<T>& a) {
 }
 
 template <typename T>
+void product(const ProductArgs<T>& a) {
+  Step<T> s = {};
+  s.rows = a.rows;
+  s.N = a.N;
+  s.I = a.K;
+  s.x = a.x;
+  s.w_x = a.w;
+  s.out = a.out;
+  run_unpacked_forward<T, Identity>(s, a.begin / kLanes<T>, (a.end + kLanes<T> - 1) / kLanes<T>,
+                                    /*descending=*/false);
+}
+
+template <typename T>
 void forward(const ForwardArgs<T>& a) {
   if (a.activation == Activation::kTanh)
     forward_loop<T, Tanh>(a);
@@ -130,7 +143,8 @@ constexpr auto weight_gradients_of() {
     return nullptr;
 }
 template <typename T>
-constexpr Kernels<T> kKernels = {packed_size<T>, padded_columns<T>, pack<T>,
-                                 forward<T>,     backward<T>,       weight_gradients_of<T>()};
+constexpr Kernels<T> kKernels = {
+    packed_size<T>, padded_columns<T>,       pack<T>, forward<T>, backward<T>,
+    product<T>,     weight_gradients_of<T>()};
 
 }  // namespace

@@ -219,12 +219,12 @@ template <typename T, int R>
 FASTRNN_INLINE void add_dots(Vec<T> (&acc)[R][kDotRows<T>], Matrix<const T> a,
                              const T* const (&w)[kDotRows<T>], int64_t k) {
   Weights<T> x[R];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) x[r] = load_weights(a.data + r * a.row_stride + k);
 #pragma GCC unroll 4
   for (int j = 0; j < kDotRows<T>; ++j) {
     const Weights<T> weights = load_weights(w[j] + k);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) add_terms<T>(acc[r][j], x[r], weights);
   }
 }
@@ -247,7 +247,7 @@ FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const 
       for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kWeights<T>);
     }
     for (; k < whole; k += kWeights<T>) add_dots<T, R>(acc[0], a, rows, k);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < kDotRows<T>; ++j) {
@@ -295,6 +295,8 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
     const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
     int64_t row = 0;
+    for (; row + FASTRNN_TILE_VECTORS <= s.rows; row += FASTRNN_TILE_VECTORS)
+      unpacked_rows<T, Act, FASTRNN_TILE_VECTORS>(s, row, column, width);
     for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
     if (row < s.rows) unpacked_rows<T, Act, 1>(s, row, column, width);
   }

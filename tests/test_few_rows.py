@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few rows of large layers: products that read the weights as they are."""
+
+import pytest
+import torch
+from test_teams import threads
+
+import fastrnn
+from fastrnn import _C, testing
+from fastrnn.testing import Case
+
+INPUT = [  # the input's product is ours: columns in whole vectors and not, rows in fours and not
+    Case(17, 1, 140, 32, hx=True),
+    Case(9, 2, 150, 37, bidirectional=True, batch_first=True),
+    Case(23, 1, 185, 5, nonlinearity="relu", unbatched=True),
+    Case(0, 0, 200, 40, lengths=(12, 9)),
+    Case(3, 7, 700, 520),
+]
+STEP = [  # and that of each step
+    Case(3, 4, 700, 520, hx=True),
+    Case(2, 5, 700, 528, bidirectional=True, nonlinearity="relu"),
+    Case(4, 11, 10, 800, num_layers=2, bias=False),
+]
+
+
+def plan_of(case, dtype):
+    T, B = (max(case.lengths), len(case.lengths)) if case.lengths else (case.T, case.B)
+    return _C.cpu_plan(T, B, case.I, case.H, 1 + case.bidirectional, dtype, case.hx)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*INPUT, *STEP], ids=str)
+def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
+    with threads(count):
+        plan = plan_of(case, dtype)
+        assert plan["own_input_product"] or case not in INPUT
+        if case in STEP:
+            assert plan["backward_step_products"] and not plan["step_products"]
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
+    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
+    if case.nonlinearity == "relu" and dtype.itemsize == 2:
+        # A state on the other side of relu's kink changes a gradient by all of it.
+        ours = {name: ours[name] for name in ("output", "h_n")}
+        theirs = {name: theirs[name] for name in ours}
+    testing.assert_as_accurate(ours, theirs, exact, dtype)
+
+
+@pytest.mark.parametrize("case", [*INPUT, *STEP], ids=str)
+def test_the_bits_of_few_rows_do_not_depend_on_threads(case):
+    inputs, hx = case.arguments(torch.float32)
+    if case.lengths:
+        inputs = [torch.nn.utils.rnn.pack_sequence(inputs, enforce_sorted=False)]
+    module = case.module(fastrnn.RNN, torch.float32)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count), torch.inference_mode():
+            results.append(module(inputs[0], hx)[1])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
