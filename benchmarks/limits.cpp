@@ -26,8 +26,10 @@
 #endif
 #define FASTRNN_TILE_VECTORS 4
 #define FASTRNN_INLINE inline __attribute__((always_inline))
-// The library's own tanh; the second builds on the first.
+// The library's own tanh; each builds on those before it.
 // clang-format off
+#include "../csrc/cpu/recurrence.h"
+using namespace fastrnn::cpu;
 #include "../csrc/cpu/vectors.inl"
 #include "../csrc/cpu/activations.inl"
 // clang-format on

@@ -122,8 +122,8 @@ def grid() -> list[Case]:
             f = "relu" if hx != bi else "tanh"
             cases.append(Case(0, 0, I, H, 2, bi, f, bias=H != 40, hx=hx, lengths=each))
     # Backward in two chunks of one step.
-    cases.append(Case(2, 250, 3, 40))
-    cases.append(Case(0, 0, 3, 40, bidirectional=True, lengths=(2,) * 200 + (1,) * 50))
+    cases.append(Case(2, 320, 3, 40))
+    cases.append(Case(0, 0, 3, 40, bidirectional=True, lengths=(2,) * 300 + (1,) * 50))
     # Backward with a middle chunk, in float32 too; two directions share one budget.
     cases += [Case(60, 560, 3, 64), Case(84, 100, 5, 130, bidirectional=True, hx=True)]
     # Backward in two chunks, the second without packed weights.
