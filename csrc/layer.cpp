@@ -104,7 +104,7 @@ ForwardResult forward_layers(const Engine& engine, const Tensor& input, const Op
   Tensor x = input;
   const Layer first = layer_of(input, hx, weights, options, 0);
   if (options.num_layers > 1 && engine.runs_side_by_side != nullptr &&
-      engine.runs_side_by_side(layout, first, options.num_layers)) {
+      engine.runs_side_by_side(layout, first, options.num_layers, keep)) {
     std::vector<Layer> layers{first};
     for (int64_t layer = 0; layer < options.num_layers; ++layer) {
       layer_outputs.push_back(at::empty(output_sizes, input.options()));

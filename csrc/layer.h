@@ -58,7 +58,8 @@ struct Engine {
   // null. runs_side_by_side: whether forward does so, of layers that begin with `first`. h_n,
   // grad_h_n [layers, B, H]; grad_output is the last one's; wanted.input counts for the first
   // alone.
-  bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers) = nullptr;
+  bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers,
+                            bool keep) = nullptr;
   void (*stack_forward)(const Layout& layout, const std::vector<Layer>& layers,
                         at::TensorList outputs, const Tensor& h_n) = nullptr;
   std::vector<Cell> (*stack_backward)(const Layout& layout, const std::vector<Layer>& layers,

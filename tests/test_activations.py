@@ -42,11 +42,12 @@ def test_tanh_is_near_the_exact_one_odd_and_monotone(dtype):
     spacing = torch.nextafter(exact.to(dtype), torch.tensor(2.0, dtype=dtype)).double() - exact.to(
         dtype
     )
-    reference_error = 1 if dtype == torch.float64 else 0
-    assert ((y.double() - exact).abs() / spacing).max() < 2.5 + reference_error
+    fused = _C.cpu_capability() != "default"
+    allowed = (1.05 if fused else 1.55) + (dtype == torch.float64)  # the reference errs too
+    assert ((y.double() - exact).abs() / spacing).max() < allowed
     assert torch.equal(tanh(-x), -y)
     # Without fused multiply-add neighbours may be in the wrong order, by the last bits.
-    slack = 2 * spacing[1:] if _C.cpu_capability() == "default" else 0
+    slack = 0 if fused else 2 * spacing[1:]
     assert (y.double().diff() >= -slack).all()
     assert y[-1] == 1
 

@@ -73,7 +73,8 @@ class TestParticipants:
         [s for n in range(1, 7) for s in itertools.combinations(KINDS, n)],
         ids="+".join,
     )
-    def test_exactly_the_wanted_gradients_arrive(self, wanted):
+    @pytest.mark.parametrize("bidirectional", [True, False])
+    def test_exactly_the_wanted_gradients_arrive(self, wanted, bidirectional):
         def compute(module, x, hx):
             named = {"input": x, "hx": hx, **dict(module.named_parameters())}
             for name, leaf in named.items():
@@ -85,17 +86,19 @@ class TestParticipants:
                 assert (leaf.grad is None) != leaf.requires_grad
             return [leaf.grad for leaf in named.values()]
 
-        of_both(compute)
+        of_both(compute, Setting(bidirectional=bidirectional))
 
-    @pytest.mark.parametrize("index", range(16))
-    def test_a_single_thawed_parameter_gets_its_gradient(self, index):
+    @pytest.mark.parametrize(
+        "bidirectional, index", [(True, i) for i in range(16)] + [(False, i) for i in range(8)]
+    )
+    def test_a_single_thawed_parameter_gets_its_gradient(self, bidirectional, index):
         def compute(module, x, hx):
             for i, parameter in enumerate(module.parameters()):
                 parameter.requires_grad_(i == index)
             module(x.detach(), hx.detach())[0].square().sum().backward()
             return [p.grad for p in module.parameters()]
 
-        of_both(compute)
+        of_both(compute, Setting(bidirectional=bidirectional))
 
     def test_nothing_requires_grad_when_all_is_frozen(self):
         module = pair()[0].requires_grad_(False)
@@ -166,13 +169,14 @@ READS = {
 class TestPartialReads:
     """Whatever part of the results the loss reads, every participant gets a dense gradient."""
 
+    @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize("batch_first", [False, True])
-    def test_of_a_padded_batch(self, read, batch_first):
+    def test_of_a_padded_batch(self, read, batch_first, bidirectional):
         def compute(module, x, hx):
             leaves = [x, hx, *module.parameters()]
             return grad(read(*module(x, hx)), leaves)
 
-        of_both(compute, Setting(batch_first=batch_first))
+        of_both(compute, Setting(batch_first=batch_first, bidirectional=bidirectional))
 
     def test_of_a_packed_batch(self, read):
         def compute(module, x, hx):

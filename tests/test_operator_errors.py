@@ -109,7 +109,14 @@ def test_the_operator_says_which_dtypes_it_does_not_take(dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(0, 1, 1, 1), (1, -1, 1, 1), (1, 1, 1, 1, 0), (1, 1, 1, 1, 1, torch.int64)]
+    "sizes",
+    [
+        (0, 1, 1, 1),
+        (1, -1, 1, 1),
+        (1, 1, 1, 1, 0),
+        (1, 1, 1, 1, 1, torch.int64),
+        (1, 1, 1, 1, 1, torch.float32, False, 0),
+    ],
 )
 def test_a_plan_is_made_for_possible_sizes_only(sizes):
     with pytest.raises(ValueError, match="cpu_plan"):

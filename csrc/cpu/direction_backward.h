@@ -95,8 +95,8 @@ class DirectionBackward {
     return a;
   }
 
-  /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that the
-  /// gradients and it are never in memory together.
+  /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that it is not in
+  /// memory during the chunk's products.
   void pack() {
     if (layout_.T == 1) return;
     if (packs_)

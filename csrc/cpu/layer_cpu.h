@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One layer on the CPU, all its directions: the large products around the recurrence (ATen), its
+// Layers on the CPU: the large products around the recurrence (ATen), its
 // threads and its workspaces. The contract is that of Engine.
 #pragma once
 
@@ -14,9 +14,9 @@ inline at::ScalarType kernel_type(at::ScalarType given) {
   return given == at::kBFloat16 && has_bfloat16_kernels() ? given : compute_type(given);
 }
 
-/// Layers of one direction that run side by side, because one alone leaves threads idle. `first`:
-/// the first of `layers`.
-bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers);
+/// Whether `layers` layers, of which the first is `first`, run side by side in forward, because one
+/// alone leaves threads idle. `keep`: all their outputs will be kept for backward.
+bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers, bool keep);
 void stack_forward(const Layout& layout, const std::vector<Layer>& layers, at::TensorList outputs,
                    const Tensor& h_n);
 

@@ -13,8 +13,8 @@ namespace {
 /// One direction's weights, ready for a recurrence in T.
 template <typename T>
 struct PreparedCell {
-  Tensor w_ih, w_hh;  // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
-  bool packed = false;
+  Tensor w_ih, w_hh;   // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
+  bool as_is = false;  // w_ih and w_hh are what the kernels read
   Panels<T> w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
   std::vector<Sum<T>> bias;            // b_ih + b_hh, [padded H], or empty; a tensor costs more
 
@@ -23,10 +23,10 @@ struct PreparedCell {
     const at::ScalarType type = kScalarType<T>;
     const int64_t H = w_hh.size(0);
     if (plan.pack_weights || plan.step_products) {
-      packed = true;
       if (reads_state && !plan.step_products) w_hh_panels = Panels<T>(w_hh, /*transposed=*/true);
     } else {
-      w_ih = readable(w_ih, type);
+      as_is = true;
+      if (plan.fuse_input) w_ih = readable(w_ih, type);
       w_hh = readable(w_hh, type);
     }
     if (plan.pack_input_weights) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
@@ -44,9 +44,8 @@ struct PreparedCell {
     a.I = w_ih.size(1);
     a.H = w_hh.size(0);
     a.w_ih_panels = w_ih_panels.data();
-    if (packed) {
-      a.w_hh_panels = w_hh_panels.data();
-    } else {
+    a.w_hh_panels = w_hh_panels.data();
+    if (as_is) {
       a.w_hh = matrix_of<T>(w_hh);
       a.w_ih = matrix_of<T>(w_ih);
     }
@@ -218,15 +217,20 @@ template <typename T>
 void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
                       at::TensorList outputs, const StackPlan& stack) {
   const Range all{0, layout.T};
+  const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
+  // The first layer may have more features than the others, and all its input is there.
+  const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
+  if (!first.fuse_input) multiply_input<T>(layout, first, layers[0], x, all, outputs[0]);
   const auto run = [&](int64_t l, int64_t part) {
     const Layer& layer = layers[l];
     const LayerShape shape = layer_shape(layout, layer);
     const Plan plan = plan_layer(shape, /*threads=*/1);
-    const Tensor x = readable(layer.input, layer.input.scalar_type());
+    TORCH_INTERNAL_ASSERT(!plan.step_products && !plan.converts);
     const std::vector<PreparedCell<T>> cells{{layer.cells[0], plan, shape.state_rows > 0}};
     const Range range = part_of(all, stack.steps, part, /*descending=*/false);
-    if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, range, outputs[l]);
-    forward_native<T>(layout, plan, layer, cells, x, range, outputs[l]);
+    if (l > 0 && !plan.fuse_input)
+      multiply_input<T>(layout, plan, layer, layer.input, range, outputs[l]);
+    forward_native<T>(layout, plan, layer, cells, l > 0 ? layer.input : x, range, outputs[l]);
   };
   run_wavefront(layers.size(), parts_in(all, stack.steps), stack.threads, run);
 }
@@ -239,7 +243,11 @@ StackPlan stack_plan(const Layout& layout, const Layer& first, int64_t layers) {
 
 }  // namespace
 
-bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers) {
+bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers, bool keep) {
+  // Else one output is in memory beside the one before.
+  constexpr int64_t kOutputBytes = 16 << 20;
+  const int64_t row_bytes = first.hidden_size() * first.input.element_size();
+  if (!keep && layers * layout.total_rows * row_bytes > kOutputBytes) return false;
   return stack_plan(layout, first, layers).threads > 1;
 }
 

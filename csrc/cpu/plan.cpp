@@ -52,6 +52,39 @@ constexpr int64_t kStackParts = 4, kWorkPerPart = 1 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t mean_rows(const LayerShape& s) {
+  return std::max<int64_t>(1, divide_up(s.total_rows, s.T));
+}
+
+/// The parts of the sequence that backward, and conversion, have in memory at a time.
+void plan_chunks(const LayerShape& s, Plan& plan) {
+  const bool is_16bit = s.converts || s.element_size == 2;
+  const int64_t together = s.converts ? 1 : s.directions;
+  const int64_t step_bytes = std::max<int64_t>(1, mean_rows(s) * s.H * s.element_size);
+  const auto steps_in = [&](int64_t bytes) {
+    return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
+  };
+  // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
+  // chunk where delta is smaller than that, else parts of the sequence; of a large W_hh, as long as
+  // it is larger than a part's delta, two parts, the second without packing.
+  // Packed sequences have previous states gathered, as much again as delta.
+  const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
+  const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
+  const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
+  plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
+                    delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
+  if (delta_bytes <= std::max(kSmallBytes, panel_bytes))
+    plan.backward_steps = s.T;
+  else if (plan.packs_once)
+    plan.backward_steps = divide_up(s.T, 2);
+  else
+    plan.backward_steps =
+        std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
+  const int64_t convert_bytes =
+      std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 16, kConvertBytes);
+  plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
+}
+
 }  // namespace
 
 Plan plan_layer(const LayerShape& s, int64_t threads) {
@@ -78,47 +111,25 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool is_16bit = s.converts || s.element_size == 2;
   plan.own_outer_product = !is_16bit && s.H <= kOuterHidden && s.I <= kOuterInput;
 
-  const int64_t mean_rows = std::max<int64_t>(1, divide_up(s.total_rows, s.T));
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
   const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
-  // Parts of few rows would each read all of a large weight.
+  // Parts of few rows would each read all of a large weight. (In backward, where ATen has the
+  // product, what is left for one thread is next to nothing.)
   plan.row_blocks =
       reads_as_is ? 1
                   : std::clamp<int64_t>(std::min(useful_threads / together, s.B / rows_per_block),
                                         1, threads);
   plan.column_blocks = 1;
-  const int64_t rows = mean_rows / plan.row_blocks;
+  const int64_t rows = mean_rows(s) / plan.row_blocks;
   if (!plan.step_products && std::max<int64_t>(2, rows) * s.H * s.H / 2 >= kWorkToShare)
     plan.column_blocks = std::clamp<int64_t>(
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
   plan.parallel = useful_threads > 1;
 
-  const int64_t step_bytes = std::max<int64_t>(1, mean_rows * s.H * s.element_size);
-  const auto steps_in = [&](int64_t bytes) {
-    return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
-  };
-  // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
-  // chunk where delta is smaller than that, else parts of the sequence; of a large W_hh, as long as
-  // it is larger than a part's delta, two parts, the second without packing.
-  // Packed sequences have previous states gathered, as much again as delta.
-  const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
-  const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
-  const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
-  plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
-                    delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
-  if (delta_bytes <= std::max(kSmallBytes, panel_bytes))
-    plan.backward_steps = s.T;
-  else if (plan.packs_once)
-    plan.backward_steps = divide_up(s.T, 2);
-  else
-    plan.backward_steps =
-        std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
-  const int64_t convert_bytes =
-      std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 16, kConvertBytes);
-  plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
+  plan_chunks(s, plan);
   return plan;
 }
 

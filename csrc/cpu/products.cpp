@@ -21,7 +21,8 @@ bool has_fast_product(at::ScalarType type) {
 }
 
 bool has_tile_product(at::ScalarType type) {
-#if defined(__x86_64__)
+// Older compilers do not know the name.
+#if defined(__x86_64__) && (!defined(__clang__) || __clang_major__ >= 18)
   static const bool tiles = __builtin_cpu_supports("amx-bf16");
   return tiles && type == at::kBFloat16 && has_fast_product(type);
 #else

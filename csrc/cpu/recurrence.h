@@ -123,7 +123,7 @@ struct BackwardArgs {
   Matrix<const T> grad_h_n;        // [B, H]; null: zeros
   Matrix<const T> carry;           // [carry_rows, H] delta of the step walked before the first
   Sequence<const T> y;             // [T, B, H]
-  Sequence<T> delta;               // [T, B, H] out
+  Sequence<T> delta;               // [T, B, H] out; may be grad_y's memory
 };
 
 /// Weight gradients of one layer and direction over a range of steps, added to what is there:
@@ -145,12 +145,12 @@ struct WeightGradientArgs {
   T* grad_b = nullptr;      // [H], or null
 };
 
-/// Product of few rows with a weight as it is, columns [begin, end) of padded_columns(N):
+/// Product of few rows with a weight as it is, columns [begin, end) of it:
 ///   out = x * W^T
 template <typename T>
 struct ProductArgs {
   int64_t rows = 0, K = 0, N = 0;
-  int64_t begin = 0, end = 0;  // whole vectors, the last one's tail excepted
+  int64_t begin = 0, end = 0;  // begin a multiple of a vector, end too or N
   Matrix<const T> x;           // [rows, K]
   Matrix<const T> w;           // [N, K]
   Matrix<T> out;               // [rows, N]
@@ -158,7 +158,8 @@ struct ProductArgs {
 
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
 /// disjoint rows, or as a team on the same rows. Those of BFloat16 round where they store,
-/// multiply two terms at a time where weights are packed, and flush subnormal numbers to zero.
+/// multiply two terms at a time, but for backward with weights as they are, and take subnormal
+/// numbers as zero there.
 template <typename T>
 struct Kernels {
   /// Elements that `pack` writes for a [K, N] matrix, and N rounded up to whole vectors.

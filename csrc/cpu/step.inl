@@ -235,27 +235,32 @@ template <typename T, int R>
 FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const T> a,
                                      Matrix<const T> w, int64_t count, int64_t K) {
   constexpr int V = kDotVectors<R>;
+  constexpr int64_t kPart = kTerms * kWeights<T>;  // kTerms or less in a lane, then to the sums
   const int64_t tail = K % kWeights<T>, whole = K - tail;
   for (int64_t first = 0; first < count; first += kDotRows<T>) {
     const T* rows[kDotRows<T>];
     for (int64_t j = 0; j < kDotRows<T>; ++j)
       rows[j] = w.data + (first + j < count ? first + j : count - 1) * w.row_stride;
-    Vec<T> acc[V][R][kDotRows<T>] = {};
-    int64_t k = 0;
-    for (; k + V * kWeights<T> <= whole; k += V * kWeights<T>) {
+    for (int64_t begin = 0; begin < K; begin += kPart) {
+      const int64_t end = begin + kPart < whole ? begin + kPart : whole;
+      Vec<T> acc[V][R][kDotRows<T>] = {};
+      int64_t k = begin;
+      for (; k + V * kWeights<T> <= end; k += V * kWeights<T>) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kWeights<T>);
-    }
-    for (; k < whole; k += kWeights<T>) add_dots<T, R>(acc[0], a, rows, k);
+        for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kWeights<T>);
+      }
+      for (; k < end; k += kWeights<T>) add_dots<T, R>(acc[0], a, rows, k);
+      const bool ends = tail != 0 && begin + kPart > whole;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kDotRows<T>; ++j) {
-        if (tail != 0)
-          add_terms<T>(acc[0][r][j], load_end(a.data + r * a.row_stride, K, tail),
-                       load_end(rows[j], K, tail));
+        for (int j = 0; j < kDotRows<T>; ++j) {
+          if (ends)
+            add_terms<T>(acc[0][r][j], load_end(a.data + r * a.row_stride, K, tail),
+                         load_end(rows[j], K, tail));
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sums[r][first + j] += acc[v][r][j];
+          for (int v = 0; v < V; ++v) sums[r][first + j] += acc[v][r][j];
+        }
       }
     }
   }
@@ -295,8 +300,8 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
     const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
     int64_t row = 0;
-    for (; row + FASTRNN_TILE_VECTORS <= s.rows; row += FASTRNN_TILE_VECTORS)
-      unpacked_rows<T, Act, FASTRNN_TILE_VECTORS>(s, row, column, width);
+    constexpr int kRows = FASTRNN_TILE_VECTORS;  // one vector of each at a time
+    for (; row + kRows <= s.rows; row += kRows) unpacked_rows<T, Act, kRows>(s, row, column, width);
     for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
     if (row < s.rows) unpacked_rows<T, Act, 1>(s, row, column, width);
   }

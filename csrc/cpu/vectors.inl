@@ -91,7 +91,7 @@ FASTRNN_INLINE void store_pieces(T* p, const T* elements, int64_t count) {
 }
 
 /// The first `count` lanes, less than all. Nothing behind those is written. Pieces and not a mask:
-/// with AVX-512 that is no faster, with AVX2 slower, and others have none.
+/// a mask is no faster with AVX-512, slower with AVX2, and others have none.
 template <typename T>
 FASTRNN_INLINE void store_tail(T* p, Vec<T> v, int64_t count) {
   T lanes[kLanes<T>];

@@ -39,7 +39,8 @@ void run_wavefront(int64_t layers, int64_t parts, int64_t threads, const Run& ru
     }
   };
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // The caller's state, which other threads of the pool do not have.
+    // Threads of the pool have no state of the caller's: without this, operators on its tensors
+    // would go through autograd's checks.
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     try {
       take_parts();
