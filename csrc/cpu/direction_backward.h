@@ -120,30 +120,31 @@ class DirectionBackward {
     carry_ = rows_at(c, last, 0, carry_rows_).clone();
   }
 
-  /// The recurrence with a product by ATen in each step, in place in delta:
+  /// The recurrence with a product by ATen in each step, made where delta_t will be:
   ///   delta_t = ( grad_y_t + delta_{t+1} W_hh ) f'(y_t)
+  /// Not added to grad_y by ATen: a sum that starts from a large term loses digits. So grad_y must
+  /// not be delta's memory here.
   void run_by_steps(const Chunk& c) {
-    if (c.grad_y.defined())
-      c.delta.copy_(c.grad_y);
-    else
-      c.delta.zero_();
     Plan alone = plan_;
     alone.column_blocks = 1;  // there is no product to share
     for (int64_t i = 0; i < parts_in(c.range, 1); ++i) {
       Chunk step;
       step.range = part_of(c.range, 1, i, /*descending=*/!reverse());
       step.y_begin = step.range.begin;
-      const Tensor delta = narrow_steps(layout_, c.delta, step.range, c.range.begin);
-      const bool first = !carry_.defined();
-      if (!first) multiply(carry_, cell_.w_hh, delta[0], /*accumulate=*/true);
-      carry_ = Tensor();  // the product is made: the kernel adds none
       step.y = narrow_steps(layout_, c.y, step.range, c.y_begin);
-      step.delta = step.grad_y = delta;
+      step.delta = narrow_steps(layout_, c.delta, step.range, c.range.begin);
+      if (c.grad_y.defined())
+        step.grad_y = narrow_steps(layout_, c.grad_y, step.range, c.range.begin);
+      const Tensor carry = std::move(carry_);  // the product is made here: the kernel adds none
       BackwardArgs<T> a = recurrence_args(step);
       a.steps.carry_rows = 0;
-      if (!first) a.grad_h_n = {};
+      if (carry.defined()) {
+        multiply(carry, cell_.w_hh, step.delta[0]);
+        a.grad_h_n = step.grad_y.defined() ? matrix_of<T>(step.grad_y[0]) : Matrix<const T>{};
+        a.grad_y = sequence_of<const T>(layout_, step.delta, step.range.begin, 0);
+      }
       run_parts(layout_, alone, std::vector{a}, kernels<T>().backward);
-      carry_ = delta[0];
+      carry_ = step.delta[0];
     }
   }
 

@@ -7,13 +7,17 @@ namespace fastrnn::cpu {
 
 namespace {
 
+/// Whether a chunk, the first of its walk or not, has ATen's product with W_hh in each step.
+bool takes_step_products(const Plan& plan, bool first) {
+  return plan.backward_step_products || (plan.packs_once && !first);
+}
+
 /// delta of one chunk of each of `walks`, their first or a later one.
 template <typename T>
 void run_recurrence(const Layout& layout, const Plan& plan, bool first, DirectionBackward<T>* walks,
                     const std::vector<Chunk>& chunks) {
   const size_t count = chunks.size();
-  const bool step_products = plan.backward_step_products || (plan.packs_once && !first);
-  if (step_products) {
+  if (takes_step_products(plan, first)) {
     for (size_t d = 0; d < count; ++d) {
       walks[d].run_by_steps(chunks[d]);
       walks[d].keep_carry(chunks[d]);
@@ -59,10 +63,12 @@ std::vector<Cell> stack_backward_as(const Layout& layout, const std::vector<Laye
     Tensor grad_y;  // of the chunk, from the layer above
     for (int64_t l = count - 1; l >= 0; --l) {
       Chunk c = walks[l].chunk(i, outputs[l]);
-      if (grad_y.defined())
-        c.delta = c.grad_y = grad_y;
-      else if (grad_output.defined())
+      if (grad_y.defined()) {
+        c.grad_y = grad_y;
+        if (!takes_step_products(plans[l], i == 0)) c.delta = grad_y;
+      } else if (grad_output.defined()) {
         c.grad_y = walks[l].columns(grad_output, c.range);
+      }
       if (!c.delta.defined()) c.delta = walks[l].make_delta(c.range);
       run_recurrence(layout, plans[l], /*first=*/i == 0, &walks[l], {c});
       grad_y = Tensor();
