@@ -21,7 +21,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/layer_cpu.h"
 #include "cpu/plan.h"
-#include "cpu/products.h"
 #include "cuda/plan.h"
 #include "rnn.h"
 #ifdef FASTRNN_CUDA
@@ -128,14 +127,11 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
                     "cpu_plan: T, directions and num_layers must be positive, B, I and H not "
                     "negative");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
-  const at::ScalarType type = fastrnn::cpu::kernel_type(dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
   shape.total_rows = T * B;
   shape.state_rows = T * B - (hx ? 0 : B);
   shape.packed = false;
-  shape.element_size = static_cast<int64_t>(c10::elementSize(type));
-  shape.converts = type != dtype;
-  shape.fast_products = fastrnn::cpu::has_tile_product(dtype);
+  fastrnn::cpu::set_type(shape, dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   shape.I = H * directions;
   const fastrnn::cpu::StackPlan stack =

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate_as_nn_rnn
 from test_teams import threads
 
 import fastrnn
@@ -41,13 +42,7 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
             assert plan["backward_step_products"] or case in [*INPUT, LONG]
             assert plan["step_products"] == (case in [*ATEN, LONG])
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
-    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
-    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
-    if case.nonlinearity == "relu" and dtype.itemsize == 2:
-        # A state on the other side of relu's kink changes a gradient by all of it.
-        ours = {name: ours[name] for name in ("output", "h_n")}
-        theirs = {name: theirs[name] for name in ours}
-    testing.assert_as_accurate(ours, theirs, exact, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 @pytest.mark.parametrize("case", [*INPUT, *STEP], ids=str)

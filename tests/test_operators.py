@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from accuracy import assert_as_accurate_as_nn_rnn, exact_run, mean_sizes
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
@@ -19,22 +20,14 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 @lru_cache(maxsize=1)  # the dtypes of one case follow one another
 def exact(case, dtype):
-    """A float64 run on the numbers that `dtype` can hold."""
-    module = case.module(torch.nn.RNN, dtype).double()
-    return testing.run(module, case, dtype)
+    return exact_run(case, dtype)
 
 
 @every_dtype
 @every_case
 def test_results_and_gradients_are_as_accurate_as_nn_rnns(case, dtype):
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
-    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
-    if case.nonlinearity == "relu" and dtype.itemsize == 2:
-        # A state that rounds to the other side of relu's kink changes a gradient by all of it, in
-        # either library. At given states, gradients are compared below.
-        ours = {name: ours[name] for name in ("output", "h_n")}
-        theirs = {name: theirs[name] for name in ours}
-    testing.assert_as_accurate(ours, theirs, exact(case, dtype), dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype, exact(case, dtype))
 
 
 class OperatorCall:
@@ -151,9 +144,8 @@ def two_threads():
 
 
 def plans(case, dtype):
-    """(steps, plan) of each layer. A packed case's are those of its mean batch."""
-    T, B = (max(case.lengths), len(case.lengths)) if case.lengths else (case.T, case.B)
-    rows = -(-sum(case.lengths) // T) if case.lengths else B
+    """(steps, plan) of each layer."""
+    T, rows = mean_sizes(case)
     D = 1 + case.bidirectional
     for I in [case.I] + [case.H * D] * (case.num_layers - 1):
         yield T, _C.cpu_plan(T, rows, I, case.H, D, dtype)

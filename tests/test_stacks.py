@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate_as_nn_rnn, mean_sizes
 from test_teams import outputs, run_with_thread_limit, threads
 
 import fastrnn
@@ -22,10 +23,7 @@ CASES = [
 
 
 def plan_of(case, dtype):
-    T, B = case.T, case.B
-    if case.lengths:  # as its mean batch
-        T = max(case.lengths)
-        B = -(-sum(case.lengths) // T)
+    T, B = mean_sizes(case)
     return _C.cpu_plan(T, B, case.I, case.H, dtype=dtype, hx=case.hx, num_layers=case.num_layers)
 
 
@@ -58,13 +56,7 @@ def test_results_and_gradients_of_layers_side_by_side_are_right(case, dtype, cou
         plan = plan_of(case, dtype)
         assert plan["layer_threads"] > 1 or plan["converts"]
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
-    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
-    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
-    if case.nonlinearity == "relu" and dtype.itemsize == 2:
-        # A state on the other side of relu's kink changes a gradient by all of it.
-        ours = {name: ours[name] for name in ("output", "h_n")}
-        theirs = {name: theirs[name] for name in ours}
-    testing.assert_as_accurate(ours, theirs, exact, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -72,11 +64,8 @@ def test_gradients_of_layers_whose_second_chunk_has_products_by_aten_are_right(d
     """In place, in what the layer above has written."""
     case = Case(19, 40, 6, 516, num_layers=2)
     assert _C.cpu_plan(19, 40, 516, 516, dtype=dtype)["packs_once"]
-    runs = [
-        testing.run(case.module(cls, dtype), case, dtype) for cls in (fastrnn.RNN, torch.nn.RNN)
-    ]
-    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
-    testing.assert_as_accurate(*runs, exact, dtype)
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 def test_an_input_whose_columns_are_apart_is_read_right():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accuracy import assert_as_accurate_as_nn_rnn, mean_sizes
 
 import fastrnn
 from fastrnn import _C, testing
@@ -45,10 +46,7 @@ def threads(count):
 
 
 def team_of(case, dtype):
-    T, B = case.T, case.B
-    if case.lengths:  # as its mean batch
-        T = max(case.lengths)
-        B = -(-sum(case.lengths) // T)
+    T, B = mean_sizes(case)
     D = 1 + case.bidirectional
     return _C.cpu_plan(T, B, case.I, case.H, D, dtype)["column_blocks"]
 
@@ -83,13 +81,7 @@ def test_results_and_gradients_of_a_team_are_right(case, dtype, count):
         if count == 8:
             assert team_of(case, dtype) > 1
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
-    theirs = testing.run(case.module(torch.nn.RNN, dtype), case, dtype)
-    exact = testing.run(case.module(torch.nn.RNN, dtype).double(), case, dtype)
-    if case.nonlinearity == "relu" and dtype.itemsize == 2:
-        # A state on the other side of relu's kink changes a gradient by all of it.
-        ours = {name: ours[name] for name in ("output", "h_n")}
-        theirs = {name: theirs[name] for name in ours}
-    testing.assert_as_accurate(ours, theirs, exact, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 OWN_PRODUCTS = [

@@ -127,34 +127,20 @@ std::vector<Cell> bidirectional_backward_as(const Layout& layout, const Layer& l
 std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
                                  const Tensor& grad_output, const Tensor& grad_h_n,
                                  const WantedGradients& wanted) {
-  const auto run = [&](auto backward) {
-    return backward(layout, layer, output, grad_output, grad_h_n, wanted);
-  };
-  switch (kernel_type(output.scalar_type())) {
-    case at::kDouble:
-      return run(bidirectional_backward_as<double>);
-    case at::kBFloat16:
-      return run(bidirectional_backward_as<BFloat16>);
-    default:
-      return run(bidirectional_backward_as<float>);
-  }
+  return with_kernel_type(output.scalar_type(), [&](auto number) {
+    return bidirectional_backward_as<decltype(number)>(layout, layer, output, grad_output, grad_h_n,
+                                                       wanted);
+  });
 }
 
 std::vector<Cell> stack_backward(const Layout& layout, const std::vector<Layer>& layers,
                                  at::TensorList outputs, const Tensor& grad_output,
                                  const Tensor& grad_h_n,
                                  const std::vector<WantedGradients>& wanted) {
-  const auto run = [&](auto backward) {
-    return backward(layout, layers, outputs, grad_output, grad_h_n, wanted);
-  };
-  switch (kernel_type(outputs[0].scalar_type())) {
-    case at::kDouble:
-      return run(stack_backward_as<double>);
-    case at::kBFloat16:
-      return run(stack_backward_as<BFloat16>);
-    default:
-      return run(stack_backward_as<float>);
-  }
+  return with_kernel_type(outputs[0].scalar_type(), [&](auto number) {
+    return stack_backward_as<decltype(number)>(layout, layers, outputs, grad_output, grad_h_n,
+                                               wanted);
+  });
 }
 
 }  // namespace fastrnn::cpu

@@ -34,8 +34,20 @@ T* mutable_data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+/// run(number), the number of the type that kernels for tensors of type `given` read and write.
+template <typename Run>
+auto with_kernel_type(at::ScalarType given, const Run& run) {
+  switch (kernel_type(given)) {
+    case at::kDouble:
+      return run(double{});
+    case at::kBFloat16:
+      return run(BFloat16{});
+    default:
+      return run(float{});
+  }
+}
+
 inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
-  const at::ScalarType given = layer.input.scalar_type(), type = kernel_type(given);
   LayerShape s;
   s.T = layout.T;
   s.B = layout.B;
@@ -45,9 +57,7 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.state_rows = layout.total_rows - (layer.hx.defined() ? 0 : layout.B);
   s.packed = layout.packed();
   s.directions = layer.directions();
-  s.element_size = static_cast<int64_t>(c10::elementSize(type));
-  s.converts = type != given;
-  s.fast_products = has_tile_product(given);
+  set_type(s, layer.input.scalar_type());
   return s;
 }
 

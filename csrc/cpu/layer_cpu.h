@@ -6,12 +6,22 @@
 
 #include "../layer.h"
 #include "dispatch.h"
+#include "plan.h"
+#include "products.h"
 
 namespace fastrnn::cpu {
 
 /// The type that a layer's kernels read and write, if its tensors are of type `given`.
 inline at::ScalarType kernel_type(at::ScalarType given) {
   return given == at::kBFloat16 && has_bfloat16_kernels() ? given : compute_type(given);
+}
+
+/// What the plan has to know of the tensors' type.
+inline void set_type(LayerShape& shape, at::ScalarType given) {
+  const at::ScalarType type = kernel_type(given);
+  shape.element_size = static_cast<int64_t>(c10::elementSize(type));
+  shape.converts = type != given;
+  shape.fast_products = has_tile_product(given);
 }
 
 /// Whether `layers` layers, of which the first is `first`, run side by side in forward, because one

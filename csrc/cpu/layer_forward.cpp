@@ -254,32 +254,17 @@ bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers,
 void stack_forward(const Layout& layout, const std::vector<Layer>& layers, at::TensorList outputs,
                    const Tensor& h_n) {
   const StackPlan stack = stack_plan(layout, layers[0], layers.size());
-  switch (kernel_type(outputs[0].scalar_type())) {
-    case at::kDouble:
-      stack_forward_as<double>(layout, layers, outputs, stack);
-      break;
-    case at::kBFloat16:
-      stack_forward_as<BFloat16>(layout, layers, outputs, stack);
-      break;
-    default:
-      stack_forward_as<float>(layout, layers, outputs, stack);
-  }
+  with_kernel_type(outputs[0].scalar_type(), [&](auto number) {
+    stack_forward_as<decltype(number)>(layout, layers, outputs, stack);
+  });
   for (size_t l = 0; l < layers.size(); ++l)
     copy_final_state(layout, 0, outputs[l], h_n.narrow(0, l, 1));
 }
 
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n) {
-  switch (kernel_type(output.scalar_type())) {
-    case at::kDouble:
-      forward_as<double>(layout, layer, output);
-      break;
-    case at::kBFloat16:
-      forward_as<BFloat16>(layout, layer, output);
-      break;
-    default:
-      forward_as<float>(layout, layer, output);
-  }
+  with_kernel_type(output.scalar_type(),
+                   [&](auto number) { forward_as<decltype(number)>(layout, layer, output); });
   for (int64_t d = 0; d < layer.directions(); ++d) copy_final_state(layout, d, output, h_n);
 }
 
