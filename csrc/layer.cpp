@@ -23,6 +23,7 @@ Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {
   first_row.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) first_row[t + 1] = first_row[t] + batch_sizes[t];
   B = batch_sizes[0];
+  rows_before = first_row;
   total_rows = first_row[T];
 }
 

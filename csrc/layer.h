@@ -14,17 +14,19 @@
 
 namespace fastrnn {
 
-/// The steps of a call, shared by its layers. Padded: batch_sizes and first_row are empty.
+/// The steps of a call, shared by its layers. Padded: the vectors are empty.
 struct Layout {
   int64_t T = 0, B = 0, total_rows = 0;
-  std::vector<int64_t> batch_sizes, first_row;  // first_row has T + 1 elements
+  std::vector<int64_t> batch_sizes;
+  std::vector<int64_t> first_row;    // of each step in packed tensors, and of the end: [T + 1]
+  std::vector<int64_t> rows_before;  // the same, unless these are some rows of a larger batch
   mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }
   int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
-  /// Rows of all steps before step t.
-  int64_t offset(int64_t t) const { return packed() ? first_row[t] : t * B; }
+  /// Rows of all steps before step t: its first row in a workspace.
+  int64_t offset(int64_t t) const { return packed() ? rows_before[t] : t * B; }
 };
 
 /// What forward and backward read of one layer.
@@ -99,11 +101,12 @@ inline int64_t parts_in(Range whole, int64_t size) {
 }
 
 /// The steps `range` of a padded [T, B, N] or packed [N, ...] tensor whose first step is `origin`,
-/// as a view.
+/// as a view. (Of some rows of a larger batch the last step may lack other rows.)
 inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
   if (range.begin == 0 && range.end == layout.T) return t;  // a view costs more than a small layer
   const auto position = [&](int64_t step) {
-    return layout.packed() ? layout.first_row[step] : step;
+    return layout.packed() ? std::min(layout.first_row[step], t.size(0) + layout.first_row[origin])
+                           : step;
   };
   return t.narrow(0, position(range.begin) - position(origin),
                   position(range.end) - position(range.begin));

@@ -143,9 +143,10 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["backward_step_products"] = plan.backward_step_products;
   result["pack_weights"] = plan.pack_weights;
   result["pack_input_weights"] = plan.pack_input_weights;
-  result["own_outer_product"] = plan.own_outer_product;
+  result["own_gradients"] = plan.own_gradients;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;
+  result["batch_parts"] = plan.batch_parts;
   result["column_blocks"] = plan.column_blocks;
   result["backward_steps"] = plan.backward_steps;
   result["converts"] = plan.converts;

@@ -179,7 +179,7 @@ def test_the_grid_has_middle_chunks_with_gradients_by_the_kernel_and_by_aten(pac
     cases = [case for case in GRID if bool(case.lengths) == packed]
     taken = [each for case in cases for each in plans(case, torch.float32)]
     several = [plan for T, plan in taken if 2 * plan["backward_steps"] < T]
-    assert {plan["own_outer_product"] for plan in several} == {False, True}
+    assert {plan["own_gradients"] for plan in several} == {False, True}
 
 
 def test_the_grid_converts_sixteen_bits_in_parts():

@@ -56,6 +56,15 @@ FASTRNN_INLINE __m512bh load_end(const BFloat16* p, int64_t K, int64_t count) {
   return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p + K - count);
 }
 
+FASTRNN_INLINE void side_by_side(const BFloat16* rows, int64_t row_stride, BFloat16* out) {
+  Halves first, second;
+  __builtin_memcpy(&first, rows, sizeof(first));
+  __builtin_memcpy(&second, rows + row_stride, sizeof(second));
+  const Bits<float> pairs = __builtin_convertvector(first, Bits<float>) |
+                            __builtin_convertvector(second, Bits<float>) << 16;
+  __builtin_memcpy(out, &pairs, sizeof(pairs));
+}
+
 FASTRNN_INLINE __m512bh load_terms(const BFloat16* p) {
   int32_t pair;
   __builtin_memcpy(&pair, p, sizeof(pair));

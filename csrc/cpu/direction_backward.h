@@ -36,6 +36,7 @@ struct Chunk {
   Range range;
   int64_t y_begin;          // first step of y
   Tensor y, grad_y, delta;  // [.., H]; grad_y may be undefined, or delta itself
+  bool from_above = false;  // grad_y is a workspace, like delta, and not the call's
 };
 
 /// The walk of one direction through its chunks, against the forward's time. T: the type computed
@@ -87,11 +88,12 @@ class DirectionBackward {
     a.activation = activation_;
     a.w_hh_panels = w_hh_panels_.data();
     a.w_hh = matrix_of<T>(w_hh_);
-    a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0);
+    a.grad_y = sequence_of<const T>(layout_, c.grad_y, c.range.begin, 0,
+                                    c.from_above ? layout_.rows_before : layout_.first_row);
     a.grad_h_n = matrix_of<T>(grad_h_n_);
     a.carry = matrix_of<T>(carry_);
     a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
-    a.delta = sequence_of<T>(layout_, c.delta, c.range.begin, 0);
+    a.delta = sequence_of<T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
     return a;
   }
 
@@ -169,29 +171,32 @@ class DirectionBackward {
   /// `accumulate`, undefined if not wanted.
   void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
     keep_first_delta(c);
-    if (plan_.own_outer_product)
+    if (plan_.own_gradients) {
       add_outer_products(c);
-    else
+      if (grad_input.defined()) multiply_delta(c, grad_input, accumulate);
+    } else {
       add_products(c);
-    if (grad_input.defined())
-      multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
+      if (grad_input.defined())
+        multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
+    }
   }
 
-  /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
+  /// The gradients, undefined where not wanted, and as they were added up: our kernel's may be
+  /// wider than the caller's dtype. grad_hx [B, H] or undefined.
   Cell finish(const Tensor& grad_hx) {
     if (grad_hx.defined()) multiply(delta_first_, cell_.w_hh, grad_hx);
     if (!grad_b_.empty()) {
-      sums_.b_ih = at::empty({H_}, input_.options());
+      sums_.b_ih = at::empty({H_}, sum_options());
       std::memcpy(sums_.b_ih.mutable_data_ptr(), grad_b_.data(), sums_.b_ih.nbytes());
     }
     Cell result = sums_;
     // A single step without hx has no previous state.
-    if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros_like(cell_.w_hh);
+    if (wanted_[1] && !sums_.w_hh.defined()) result.w_hh = at::zeros({H_, H_}, sum_options());
     // Both biases have the same gradient, each in its own tensor.
     if (wanted_[3]) result.b_hh = sums_.b_ih;
     if (!wanted_[2]) result.b_ih = Tensor();
     if (wanted_[2] && wanted_[3]) {
-      result.b_hh = at::empty({H_}, input_.options());
+      result.b_hh = at::empty({H_}, sum_options());
       copy_contiguous(sums_.b_ih, result.b_hh);
     }
     return result;
@@ -199,6 +204,11 @@ class DirectionBackward {
 
  private:
   static constexpr at::ScalarType kType = kScalarType<T>;
+  static constexpr int64_t kRowsPerThread = 32;  // of a product over a chunk
+
+  at::TensorOptions sum_options() const {
+    return plan_.own_gradients ? input_.options().dtype(kScalarType<Sum<T>>) : input_.options();
+  }
 
   Tensor make_delta(Range range, at::ScalarType type) const {
     const auto options = input_.options().dtype(type);
@@ -243,12 +253,12 @@ class DirectionBackward {
     a.x = sequence_of<const T>(layout_, x, c.range.begin, 0);
     a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
     a.hx = matrix_of<T>(hx_);
-    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
-    const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> T* {
+    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
+    const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> Sum<T>* {
       if (!wanted) return nullptr;
       const bool first = !sum.defined();
-      if (first) sum = at::empty(sizes, input_.options());
-      T* data = mutable_data_of<T>(sum);
+      if (first) sum = at::empty(sizes, sum_options());
+      Sum<T>* data = mutable_data_of<Sum<T>>(sum);
       if (first) std::memset(data, 0, sum.nbytes());
       return data;
     };
@@ -268,6 +278,44 @@ class DirectionBackward {
       run(0, 1);
     else
       at::parallel_for(0, a.parts, 1, run);
+  }
+
+  /// grad_x = [grad_x +] delta W_ih by our kernel, for small sizes.
+  void multiply_delta(const Chunk& c, const Tensor& grad_input, bool accumulate) {
+    const Panels<T> w_ih(cell_.w_ih, /*transposed=*/false);
+    ProductArgs<T> a;
+    a.K = H_;
+    a.N = cell_.w_ih.size(1);
+    a.panels = w_ih.data();
+    a.accumulate = accumulate;
+    const T* delta = data_of<T>(c.delta);
+    const Sequence<T> out = sequence_of<T>(layout_, grad_input, c.range.begin, 0);
+    const auto multiply_rows = [&](T* to, int64_t row_stride, int64_t first, int64_t rows) {
+      ProductArgs<T> part = a;
+      part.rows = rows;
+      part.x = {delta + first * H_, H_};
+      part.out = {to, row_stride};
+      kernels<T>().product(part);
+    };
+    const int64_t rows = c.delta.numel() / H_;
+    if (!grad_input.is_contiguous() || grad_input.numel() != rows * a.N) {
+      // Some rows of a larger batch: only those of a step are adjacent.
+      for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+        const int64_t start =
+            out.first_row ? out.first_row[t] * out.row_stride : t * out.step_stride;
+        multiply_rows(out.data + start, out.row_stride,
+                      layout_.offset(t) - layout_.offset(c.range.begin), layout_.rows(t));
+      }
+      return;
+    }
+    T* data = mutable_data_of<T>(grad_input);
+    const auto run = [&](int64_t begin, int64_t end) {
+      multiply_rows(data + begin * a.N, a.N, begin, end - begin);
+    };
+    if (plan_.parallel && available_threads() > 1)
+      at::parallel_for(0, rows, kRowsPerThread, run);
+    else
+      run(0, rows);
   }
 
   /// Weight gradients by matrix products.
@@ -343,9 +391,9 @@ class DirectionBackward {
   Tensor w_hh_;            // W_hh itself
   Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;
-  Tensor delta_first_;     // [B, H] delta at each row's first forward step; undefined if not wanted
-  Cell sums_;              // undefined before the first chunk; b_hh is not used
-  std::vector<T> grad_b_;  // in place of sums_.b_ih, by our kernel: [H] or empty
+  Tensor delta_first_;  // [B, H] delta at each row's first forward step; undefined if not wanted
+  Cell sums_;           // undefined before the first chunk; b_hh is not used
+  std::vector<Sum<T>> grad_b_;  // in place of sums_.b_ih, by our kernel: [H] or empty
 };
 
 }  // namespace

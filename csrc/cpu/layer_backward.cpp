@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backward of layers: the order in which directions and layers walk through their chunks.
+#include "batch_parts.h"
 #include "direction_backward.h"
 
 namespace fastrnn::cpu {
@@ -41,10 +42,8 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
 /// Layers of one direction: each runs a chunk when the layer above has, whose gradient of that
 /// chunk is then its workspace. T: the type computed in.
 template <typename T>
-std::vector<Cell> stack_backward_as(const Layout& layout, const std::vector<Layer>& layers,
-                                    at::TensorList outputs, const Tensor& grad_output,
-                                    const Tensor& grad_h_n,
-                                    const std::vector<WantedGradients>& wanted) {
+std::vector<Cell> stack_backward_as(const Pass& pass) {
+  const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
   const int64_t count = static_cast<int64_t>(layers.size());
   std::vector<Plan> plans;
   int64_t steps = layout.T;
@@ -65,6 +64,7 @@ std::vector<Cell> stack_backward_as(const Layout& layout, const std::vector<Laye
       Chunk c = walks[l].chunk(i, outputs[l]);
       if (grad_y.defined()) {
         c.grad_y = grad_y;
+        c.from_above = true;
         if (!takes_step_products(plans[l], i == 0)) c.delta = grad_y;
       } else if (grad_output.defined()) {
         c.grad_y = walks[l].columns(grad_output, c.range);
@@ -87,12 +87,12 @@ std::vector<Cell> stack_backward_as(const Layout& layout, const std::vector<Laye
 
 /// Both directions of a layer.
 template <typename T>
-std::vector<Cell> bidirectional_backward_as(const Layout& layout, const Layer& layer,
-                                            const Tensor& output, const Tensor& grad_output,
-                                            const Tensor& grad_h_n, const WantedGradients& wanted) {
+std::vector<Cell> bidirectional_backward_as(const Pass& pass) {
+  const Layout& layout = pass.layout;
+  const Layer& layer = pass.layers[0];
+  const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
+  const WantedGradients& wanted = pass.wanted[0];
   const Plan plan = plan_layer(layer_shape(layout, layer), available_threads());
-  // They add up in a zeroed tensor, since their chunks meet it in opposite orders.
-  if (wanted.input.defined()) wanted.input.zero_();
   std::vector<Cell> results;
   // They walk at the same time, or one after the other.
   const int64_t together = plan.converts ? 1 : 2;
@@ -100,7 +100,7 @@ std::vector<Cell> bidirectional_backward_as(const Layout& layout, const Layer& l
     std::vector<DirectionBackward<T>> walks;
     walks.reserve(together);
     for (int64_t d = begin; d < begin + together; ++d)
-      walks.emplace_back(layout, plan, layer, d, grad_h_n, wanted);
+      walks.emplace_back(layout, plan, layer, d, pass.grad_h_n, wanted);
     for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
       std::vector<Chunk> chunks;
       for (const auto& walk : walks) {
@@ -127,9 +127,12 @@ std::vector<Cell> bidirectional_backward_as(const Layout& layout, const Layer& l
 std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
                                  const Tensor& grad_output, const Tensor& grad_h_n,
                                  const WantedGradients& wanted) {
+  const Pass pass{layout, {layer}, {output}, grad_output, grad_h_n, {wanted}};
+  // Directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
+  if (wanted.input.defined()) wanted.input.zero_();
   return with_kernel_type(output.scalar_type(), [&](auto number) {
-    return bidirectional_backward_as<decltype(number)>(layout, layer, output, grad_output, grad_h_n,
-                                                       wanted);
+    using T = decltype(number);
+    return run_by_parts<T>(pass, bidirectional_backward_as<T>);
   });
 }
 
@@ -137,9 +140,10 @@ std::vector<Cell> stack_backward(const Layout& layout, const std::vector<Layer>&
                                  at::TensorList outputs, const Tensor& grad_output,
                                  const Tensor& grad_h_n,
                                  const std::vector<WantedGradients>& wanted) {
+  const Pass pass{layout, layers, outputs.vec(), grad_output, grad_h_n, wanted};
   return with_kernel_type(outputs[0].scalar_type(), [&](auto number) {
-    return stack_backward_as<decltype(number)>(layout, layers, outputs, grad_output, grad_h_n,
-                                               wanted);
+    using T = decltype(number);
+    return run_by_parts<T>(pass, stack_backward_as<T>);
   });
 }
 

@@ -78,15 +78,16 @@ inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool des
   s.descending = descending;
   s.batch = layout.B;
   s.batch_sizes = layout.packed() ? layout.batch_sizes.data() : nullptr;
-  s.first_row = layout.packed() ? layout.first_row.data() : nullptr;
   s.carry_rows = carry_rows;
   return s;
 }
 
 /// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points
-/// where step 0 would be.
+/// where step 0 would be. first_row: of each step, if packed; in a tensor of the call's, or in a
+/// workspace, Layout::rows_before.
 template <typename T>
-Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
+Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column,
+                        const std::vector<int64_t>& first_row) {
   using Value = std::remove_const_t<T>;
   if (!chunk.defined()) return {};
   T* data;
@@ -97,10 +98,14 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
   Sequence<T> s;
   s.step_stride = layout.packed() ? 0 : chunk.stride(0);
   s.row_stride = layout.packed() ? chunk.stride(0) : chunk.stride(1);
-  const int64_t before =
-      layout.packed() ? layout.first_row[begin] * s.row_stride : begin * s.step_stride;
+  s.first_row = layout.packed() ? first_row.data() : nullptr;
+  const int64_t before = s.first_row ? first_row[begin] * s.row_stride : begin * s.step_stride;
   s.data = data + column - before;
   return s;
+}
+template <typename T>
+Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
+  return sequence_of<T>(layout, chunk, begin, column, layout.first_row);
 }
 
 /// A [B, H] tensor whose columns are adjacent.
@@ -164,18 +169,18 @@ class Panels {
   Tensor large_;
 };
 
-/// The parts of the batch, as row bounds: equal numbers of rows x steps in each, so that long
-/// packed sequences share evenly.
-inline std::vector<int64_t> row_bounds(const Layout& layout, int64_t row_blocks) {
+/// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps
+/// `range`, so that long packed sequences share evenly.
+inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_t row_blocks) {
   std::vector<int64_t> bounds{0};
   if (layout.packed() && row_blocks > 1) {
-    int64_t t = layout.T, done = 0;
-    for (int64_t b = 0; b < layout.B; ++b) {
-      while (layout.batch_sizes[t - 1] <= b) --t;  // t: length of sequence b
-      done += t;
+    const int64_t total = layout.offset(range.end) - layout.offset(range.begin);
+    int64_t t = range.end, done = 0;
+    for (int64_t b = 0; b < layout.rows(range.begin); ++b) {
+      while (layout.batch_sizes[t - 1] <= b) --t;  // t: end of sequence b
+      done += t - range.begin;
       const int64_t next = static_cast<int64_t>(bounds.size());
-      if (next < row_blocks && done * row_blocks >= next * layout.total_rows)
-        bounds.push_back(b + 1);
+      if (next < row_blocks && done * row_blocks >= next * total) bounds.push_back(b + 1);
     }
   } else {
     for (int64_t i = 1; i < row_blocks; ++i) bounds.push_back(layout.B * i / row_blocks);
@@ -189,24 +194,28 @@ inline std::vector<int64_t> row_bounds(const Layout& layout, int64_t row_blocks)
 template <typename Args>
 void run_parts(const Layout& layout, const Plan& plan, const std::vector<Args>& directions,
                void (*kernel)(const Args&)) {
-  const std::vector<int64_t> bounds = row_bounds(layout, plan.row_blocks);
-  const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1, team = plan.column_blocks;
-  const int64_t walks = blocks * static_cast<int64_t>(directions.size());
-  std::vector<Slab> slabs(team > 1 ? walks * team : 0);
+  std::vector<Args> walks;
+  for (const Args& args : directions) {
+    const auto bounds = row_bounds(layout, {args.steps.begin, args.steps.end}, plan.row_blocks);
+    for (size_t i = 1; i < bounds.size(); ++i) {
+      Args& walk = walks.emplace_back(args);
+      walk.row_begin = bounds[i - 1];
+      walk.row_end = bounds[i];
+    }
+  }
+  const int64_t team = plan.column_blocks, places = static_cast<int64_t>(walks.size()) * team;
+  std::vector<Slab> slabs(team > 1 ? places : 0);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t walk = i / team;
-      Args part = directions[walk / blocks];
-      part.row_begin = bounds[walk % blocks];
-      part.row_end = bounds[walk % blocks + 1];
-      if (team > 1) part.team = {slabs.data() + walk * team, team, i % team};
-      kernel(part);
+      Args walk = walks[i / team];
+      if (team > 1) walk.team = {slabs.data() + i / team * team, team, i % team};
+      kernel(walk);
     }
   };
-  if (walks * team == 1 || available_threads() == 1 || !plan.parallel)
-    run(0, walks * team);
+  if (places == 1 || available_threads() == 1 || !plan.parallel)
+    run(0, places);
   else
-    at::parallel_for(0, walks * team, 1, run);
+    at::parallel_for(0, places, 1, run);
 }
 
 }  // namespace fastrnn::cpu

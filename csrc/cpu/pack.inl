@@ -44,7 +44,10 @@ void pack_rows(const T* source, int64_t k_stride, int64_t K, int64_t width, int6
   for (int64_t k = 0; k < K; k += kDepth<T>, panel += padded * kDepth<T>) {
     const T* rows = source + k * k_stride;
     if (k + kDepth<T> <= K) {
-      for (int64_t n = 0; n < width; ++n)
+      int64_t n = 0;
+      for (; n + kLanes<T> <= width; n += kLanes<T>)
+        side_by_side(rows + n, k_stride, panel + n * kDepth<T>);
+      for (; n < width; ++n)
         for (int64_t i = 0; i < kDepth<T>; ++i) panel[n * kDepth<T> + i] = rows[i * k_stride + n];
     } else {
       for (int64_t n = 0; n < width; ++n) panel[n * kDepth<T>] = rows[n];

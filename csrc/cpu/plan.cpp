@@ -36,6 +36,8 @@ constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
+// The same for parts of the batch in backward, each of which has tensors of its own.
+constexpr int64_t kWorkPerBatchPart = 1 << 20;
 // Chunks of backward: large enough for the products over them to run at full speed, and a part of
 // the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
@@ -69,7 +71,7 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
   // it is larger than a part's delta, two parts, the second without packing.
   // Packed sequences have previous states gathered, as much again as delta.
   const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
-  const int64_t parts = s.packed && !plan.own_outer_product ? 2 * kParts : kParts;
+  const int64_t parts = s.packed && !plan.own_gradients ? 2 * kParts : kParts;
   const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
   plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
                     delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
@@ -108,8 +110,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.step_products = plan.backward_step_products && !few_in_step;
   const bool reads_as_is = plan.backward_step_products && few_in_step;
   if (reads_as_is) plan.pack_weights = false;
-  const bool is_16bit = s.converts || s.element_size == 2;
-  plan.own_outer_product = !is_16bit && s.H <= kOuterHidden && s.I <= kOuterInput;
+  plan.own_gradients = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -128,6 +129,11 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
   plan.parallel = useful_threads > 1;
+  const bool by_rows = plan.own_gradients && plan.column_blocks == 1;
+  plan.batch_parts = by_rows
+                         ? std::clamp<int64_t>(
+                               std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)
+                         : 1;
 
   plan_chunks(s, plan);
   return plan;

@@ -29,7 +29,8 @@ struct Plan {
   bool parallel;            // parts run at the same time; else one after the other
   int64_t row_blocks;       // parts of the batch, each walks through time without hand-over
   int64_t column_blocks;    // threads that share each of those parts' steps, a part of H each
-  bool own_outer_product;   // weight gradients by our kernel; else by ATen's matrix product
+  int64_t batch_parts;      // that go through all of backward side by side; 1: chunk by chunk
+  bool own_gradients;       // of weights and input by our kernels; else ATen's matrix products
   int64_t backward_steps;   // steps per chunk of the backward workspace
   bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)

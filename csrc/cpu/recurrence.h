@@ -46,13 +46,14 @@ struct Matrix {
 };
 
 /// A [T, B, N] sequence read or written in place, time-major or not. Row b of step t starts at
-/// data + t * step_stride + b * row_stride; in packed data (Steps::first_row set) at
+/// data + t * step_stride + b * row_stride; in packed data at
 /// data + (first_row[t] + b) * row_stride. Columns are adjacent.
 template <typename T>
 struct Sequence {
   T* data = nullptr;
   int64_t step_stride = 0;
   int64_t row_stride = 0;
+  const int64_t* first_row = nullptr;  // null: padded
 };
 
 /// Which rows are alive at which step. Rows are sorted by length: a step's rows are a prefix.
@@ -62,7 +63,6 @@ struct Steps {
   bool descending = false;               // ... upwards, or downwards from end - 1
   int64_t batch = 0;                     // rows of every step of padded data
   const int64_t* batch_sizes = nullptr;  // packed: rows of step t, not increasing; else null
-  const int64_t* first_row = nullptr;    // packed: sum of batch_sizes before step t; else null
   // State that enters the first walked step: `carry_rows` rows of it, 0 at the sequence's start.
   int64_t carry_rows = 0;
 
@@ -136,23 +136,26 @@ struct WeightGradientArgs {
   Steps steps;
   int64_t part = 0, parts = 1;  // this call's share of the columns of W_ih and W_hh
   int64_t I = 0, H = 0;
-  Sequence<const T> x;      // [T, B, I]
-  Sequence<const T> y;      // [T, B, H], with the step before the first walked one
-  Matrix<const T> hx;       // [B, H]; null: zeros
-  Sequence<const T> delta;  // [T, B, H]
-  T* grad_w_ih = nullptr;   // [H, I] contiguous, or null
-  T* grad_w_hh = nullptr;   // [H, H] contiguous, or null
-  T* grad_b = nullptr;      // [H], or null
+  Sequence<const T> x;          // [T, B, I]
+  Sequence<const T> y;          // [T, B, H], with the step before the first walked one
+  Matrix<const T> hx;           // [B, H]; null: zeros
+  Sequence<const T> delta;      // [T, B, H], where all rows follow one another
+  Sum<T>* grad_w_ih = nullptr;  // [H, I] contiguous, or null
+  Sum<T>* grad_w_hh = nullptr;  // [H, H] contiguous, or null
+  Sum<T>* grad_b = nullptr;     // [H], or null
 };
 
-/// Product of few rows with a weight as it is, columns [begin, end) of it:
-///   out = x * W^T
+/// Product of rows with a packed matrix M, or of few rows with a weight as it is, columns
+/// [begin, end) of it:
+///   out = [out +] x * M  or  out = x * W^T
 template <typename T>
 struct ProductArgs {
   int64_t rows = 0, K = 0, N = 0;
-  int64_t begin = 0, end = 0;  // begin a multiple of a vector, end too or N
   Matrix<const T> x;           // [rows, K]
+  const T* panels = nullptr;   // pack of M [K, N], or ...
+  bool accumulate = false;     // ... with it: adds to out
   Matrix<const T> w;           // [N, K]
+  int64_t begin = 0, end = 0;  // with it: begin a multiple of a vector, end too or N
   Matrix<T> out;               // [rows, N]
 };
 
@@ -173,7 +176,7 @@ struct Kernels {
   void (*forward)(const ForwardArgs<T>& args);
   void (*backward)(const BackwardArgs<T>& args);
   void (*product)(const ProductArgs<T>& args);
-  void (*weight_gradients)(const WeightGradientArgs<T>& args);  // not of BFloat16
+  void (*weight_gradients)(const WeightGradientArgs<T>& args);
 };
 
 /// One capability's tables.

@@ -55,11 +55,11 @@ void forward_loop(const ForwardArgs<T>& a) {
             Step<T> s = {};
             s.rows = last - first;
             s.N = a.H;
-            s.out = rows_of(a.y, a.steps, t, first);
+            s.out = rows_of(a.y, t, first);
             s.bias = a.bias;
             if (fused) {
               s.I = a.I;
-              s.x = rows_of(a.x, a.steps, t, first);
+              s.x = rows_of(a.x, t, first);
               s.x_panels = a.w_ih_panels;
               s.w_x = a.w_ih;
             } else {
@@ -85,7 +85,7 @@ void backward_loop(const BackwardArgs<T>& a) {
             Step<T> s = {};
             s.rows = last - first;
             s.N = a.H;
-            s.addend = rows_of(a.grad_y, a.steps, t, first);
+            s.addend = rows_of(a.grad_y, t, first);
             if (previous.data != nullptr) {
               s.s = previous;
               s.K = a.H;
@@ -94,8 +94,8 @@ void backward_loop(const BackwardArgs<T>& a) {
             } else {
               s.addend2 = from_row(a.grad_h_n, first);
             }
-            s.h = rows_of(a.y, a.steps, t, first);
-            s.out = rows_of(a.delta, a.steps, t, first);
+            s.h = rows_of(a.y, t, first);
+            s.out = rows_of(a.delta, t, first);
             if (unpacked)
               run_step_unpacked<T>(s, rounds, t & 1,
                                    run_unpacked_backward<T, BackwardEpilogue<Act>>);
@@ -109,10 +109,18 @@ void product(const ProductArgs<T>& a) {
   Step<T> s = {};
   s.rows = a.rows;
   s.N = a.N;
+  s.out = a.out;
+  if (a.panels != nullptr) {
+    s.K = a.K;
+    s.s = a.x;
+    s.s_panels = a.panels;
+    if (a.accumulate) s.addend = read_only(a.out);
+    return run_panels<T, ForwardEpilogue<Identity>>(s, 0, (a.N + kPanel<T> - 1) / kPanel<T>,
+                                                    /*descending=*/false);
+  }
   s.I = a.K;
   s.x = a.x;
   s.w_x = a.w;
-  s.out = a.out;
   run_unpacked_forward<T, Identity>(s, a.begin / kLanes<T>, (a.end + kLanes<T> - 1) / kLanes<T>,
                                     /*descending=*/false);
 }
@@ -133,18 +141,9 @@ void backward(const BackwardArgs<T>& a) {
     backward_loop<T, Relu>(a);
 }
 
-/// Small bfloat16 layers have their weights' gradients from matrix products too: sums in 16 bits
-/// would lose digits.
 template <typename T>
-constexpr auto weight_gradients_of() {
-  if constexpr (std::is_same_v<T, Sum<T>>)
-    return weight_gradients<T>;
-  else
-    return nullptr;
-}
-template <typename T>
-constexpr Kernels<T> kKernels = {
-    packed_size<T>, padded_columns<T>,       pack<T>, forward<T>, backward<T>,
-    product<T>,     weight_gradients_of<T>()};
+constexpr Kernels<T> kKernels = {packed_size<T>,     padded_columns<T>, pack<T>,
+                                 forward<T>,         backward<T>,       product<T>,
+                                 weight_gradients<T>};
 
 }  // namespace

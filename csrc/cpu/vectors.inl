@@ -114,6 +114,12 @@ FASTRNN_INLINE Vec<T> load_weights(const T* p) {
   return load<T>(p);
 }
 
+/// Packs a vector of columns of kDepth rows.
+template <typename T>
+FASTRNN_INLINE void side_by_side(const T* rows, int64_t, T* out) {
+  store<T>(out, load<T>(rows));
+}
+
 /// What a row multiplies them by: the kDepth numbers at p, or the first and zeros.
 template <typename T>
 FASTRNN_INLINE T load_terms(const T* p) {

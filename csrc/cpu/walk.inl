@@ -5,9 +5,9 @@
 namespace {
 
 template <typename T>
-FASTRNN_INLINE Matrix<T> rows_of(const Sequence<T>& s, const Steps& steps, int64_t t, int64_t row) {
+FASTRNN_INLINE Matrix<T> rows_of(const Sequence<T>& s, int64_t t, int64_t row) {
   if (s.data == nullptr) return {};
-  const int64_t start = steps.first_row ? steps.first_row[t] * s.row_stride : t * s.step_stride;
+  const int64_t start = s.first_row ? s.first_row[t] * s.row_stride : t * s.step_stride;
   return {s.data + start + row * s.row_stride, s.row_stride};
 }
 
@@ -33,7 +33,7 @@ FASTRNN_INLINE void walk(const Steps& steps, int64_t row_begin, int64_t row_end,
       const int64_t before = steps.descending ? t + 1 : t - 1;
       body(t, row_begin, going_on,
            i == 0 ? from_row(carry, row_begin)
-                  : Matrix<const T>(read_only(rows_of(state, steps, before, row_begin))));
+                  : Matrix<const T>(read_only(rows_of(state, before, row_begin))));
     }
     if (going_on < rows) body(t, going_on, rows, Matrix<const T>{});
     previous_rows = steps.rows(t);

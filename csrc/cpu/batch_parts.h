@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Backward of parts of the batch side by side: each thread goes through all chunks and layers with
+// rows of its own, so that what it has written, in forward too, is in its caches when it reads it
+// again, and no thread waits for another before the end. Included by layer_backward.cpp alone.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include "layer_common.h"
+
+namespace fastrnn::cpu {
+
+namespace {
+
+/// A backward pass: of layers in one direction, each reading the output of the one before, or of
+/// one layer in both. As in Engine.
+struct Pass {
+  Layout layout;
+  std::vector<Layer> layers;
+  std::vector<Tensor> outputs;
+  Tensor grad_output, grad_h_n;
+  std::vector<WantedGradients> wanted;
+};
+
+/// Some rows of the batch, in steps that have any of them.
+Layout narrow_batch(Layout layout, Range rows) {
+  layout.B = rows.end - rows.begin;
+  layout.total_rows = layout.T * layout.B;
+  if (!layout.packed()) return layout;
+  while (layout.batch_sizes[layout.T - 1] <= rows.begin) --layout.T;
+  layout.batch_sizes.resize(layout.T);
+  layout.first_row.resize(layout.T + 1);
+  layout.rows_before.resize(layout.T + 1);
+  for (int64_t t = 0; t < layout.T; ++t) {
+    layout.batch_sizes[t] = std::min(layout.batch_sizes[t], rows.end) - rows.begin;
+    layout.rows_before[t + 1] = layout.rows_before[t] + layout.batch_sizes[t];
+  }
+  layout.total_rows = layout.rows_before[layout.T];
+  return layout;
+}
+
+/// The same pass for some rows of the batch: of each tensor a view that begins with them.
+Pass narrow_batch(Pass pass, Range rows) {
+  const bool packed = pass.layout.packed();
+  const auto narrow_states = [&](Tensor& t) {  // [D, B, H]
+    if (t.defined()) t = t.narrow(1, rows.begin, rows.end - rows.begin);
+  };
+  const auto narrow = [&](Tensor& t) {  // [T, B, N] or packed
+    if (packed && t.defined())
+      t = t.narrow(0, rows.begin, t.size(0) - rows.begin);
+    else
+      narrow_states(t);
+  };
+  pass.layout = narrow_batch(pass.layout, rows);
+  for (Layer& layer : pass.layers) {
+    narrow(layer.input);
+    narrow_states(layer.hx);
+  }
+  for (Tensor& output : pass.outputs) narrow(output);
+  narrow(pass.grad_output);
+  narrow_states(pass.grad_h_n);
+  for (WantedGradients& wanted : pass.wanted) {
+    narrow(wanted.input);
+    narrow_states(wanted.hx);
+  }
+  return pass;
+}
+
+/// sum += part, of every gradient that is there, in a loop: an operator costs more than a small
+/// layer's.
+template <typename T>
+void add(const Cell& sum, const Cell& part) {
+  for (Tensor Cell::* gradient : {&Cell::w_ih, &Cell::w_hh, &Cell::b_ih, &Cell::b_hh}) {
+    if (!(sum.*gradient).defined()) continue;
+    Sum<T>* to = mutable_data_of<Sum<T>>(sum.*gradient);
+    const Sum<T>* from = data_of<Sum<T>>(part.*gradient);
+    const int64_t count = (sum.*gradient).numel();
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+}
+
+/// Every gradient in the type of the weights.
+void round(Cell& cell, at::ScalarType type) {
+  for (Tensor Cell::* gradient : {&Cell::w_ih, &Cell::w_hh, &Cell::b_ih, &Cell::b_hh})
+    if ((cell.*gradient).defined()) cell.*gradient = (cell.*gradient).to(type);
+}
+
+/// Runs a pass as a whole, or parts of the batch side by side. T: the type computed in.
+template <typename T, typename Backward>
+std::vector<Cell> run_by_parts(const Pass& pass, const Backward& backward) {
+  const int64_t threads = available_threads();
+  int64_t parts = threads;
+  for (const Layer& layer : pass.layers)
+    parts = std::min(parts, plan_layer(layer_shape(pass.layout, layer), threads).batch_parts);
+  const auto rounded = [&](std::vector<Cell> cells) {
+    if constexpr (!std::is_same_v<T, Sum<T>>) {
+      for (Cell& cell : cells) round(cell, pass.layers[0].input.scalar_type());
+    }
+    return cells;
+  };
+  if (parts == 1) return rounded(backward(pass));
+  // Made here: threads that count references to one tensor disturb each other.
+  std::vector<Pass> passes;
+  const std::vector<int64_t> bounds = row_bounds(pass.layout, {0, pass.layout.T}, parts);
+  for (size_t i = 1; i < bounds.size(); ++i)
+    passes.push_back(narrow_batch(pass, {bounds[i - 1], bounds[i]}));
+  std::vector<std::vector<Cell>> cells(passes.size());
+  at::parallel_for(0, passes.size(), 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads of the pool have no such state
+    for (int64_t i = begin; i < end; ++i) cells[i] = backward(passes[i]);
+  });
+  for (size_t i = 1; i < cells.size(); ++i)
+    for (size_t c = 0; c < cells[i].size(); ++c) add<T>(cells[0][c], cells[i][c]);
+  return rounded(std::move(cells[0]));
+}
+
+}  // namespace
+
+}  // namespace fastrnn::cpu
