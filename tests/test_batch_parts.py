@@ -40,12 +40,13 @@ def parts_of(case, dtype):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_by_parts_are_right(case, dtype, count):
     with threads(count):
-        # (bfloat16: where there are instructions for it.)
-        assert parts_of(case, dtype) == count or dtype == torch.bfloat16
+        assert parts_of(case, dtype) == count
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 

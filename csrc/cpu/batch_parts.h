@@ -23,36 +23,17 @@ struct Pass {
   std::vector<WantedGradients> wanted;
 };
 
-/// Some rows of the batch, in steps that have any of them.
-Layout narrow_batch(Layout layout, Range rows) {
-  layout.B = rows.end - rows.begin;
-  layout.total_rows = layout.T * layout.B;
-  if (!layout.packed()) return layout;
-  while (layout.batch_sizes[layout.T - 1] <= rows.begin) --layout.T;
-  layout.batch_sizes.resize(layout.T);
-  layout.first_row.resize(layout.T + 1);
-  layout.rows_before.resize(layout.T + 1);
-  for (int64_t t = 0; t < layout.T; ++t) {
-    layout.batch_sizes[t] = std::min(layout.batch_sizes[t], rows.end) - rows.begin;
-    layout.rows_before[t + 1] = layout.rows_before[t] + layout.batch_sizes[t];
-  }
-  layout.total_rows = layout.rows_before[layout.T];
-  return layout;
-}
-
 /// The same pass for some rows of the batch: of each tensor a view that begins with them.
 Pass narrow_batch(Pass pass, Range rows) {
   const bool packed = pass.layout.packed();
-  const auto narrow_states = [&](Tensor& t) {  // [D, B, H]
-    if (t.defined()) t = t.narrow(1, rows.begin, rows.end - rows.begin);
-  };
-  const auto narrow = [&](Tensor& t) {  // [T, B, N] or packed
+  const auto narrow_states = [&](Tensor& t) { t = narrow_rows(t, rows); };
+  const auto narrow = [&](Tensor& t) {
     if (packed && t.defined())
       t = t.narrow(0, rows.begin, t.size(0) - rows.begin);
     else
-      narrow_states(t);
+      t = narrow_rows(t, rows);
   };
-  pass.layout = narrow_batch(pass.layout, rows);
+  pass.layout = narrow_layout(pass.layout, rows);
   for (Layer& layer : pass.layers) {
     narrow(layer.input);
     narrow_states(layer.hx);
@@ -94,9 +75,9 @@ std::vector<Cell> run_by_parts(const Pass& pass, const Backward& backward) {
   for (const Layer& layer : pass.layers)
     parts = std::min(parts, plan_layer(layer_shape(pass.layout, layer), threads).batch_parts);
   const auto rounded = [&](std::vector<Cell> cells) {
-    if constexpr (!std::is_same_v<T, Sum<T>>) {
-      for (Cell& cell : cells) round(cell, pass.layers[0].input.scalar_type());
-    }
+    const at::ScalarType type = pass.layers[0].input.scalar_type();
+    if (type != kScalarType<Sum<T>>)
+      for (Cell& cell : cells) round(cell, type);
     return cells;
   };
   if (parts == 1) return rounded(backward(pass));

@@ -40,7 +40,7 @@ struct Chunk {
 };
 
 /// The walk of one direction through its chunks, against the forward's time. T: the type computed
-/// in. Tensors are of the caller's dtype unless they say T.
+/// in. A chunk's tensors are of type T where our kernels make the gradients, else of the caller's.
 template <typename T>
 class DirectionBackward {
  public:
@@ -54,8 +54,9 @@ class DirectionBackward {
         d_(d),
         H_(layer.hidden_size()),
         wanted_(wanted.cells[d]),
+        chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()),
         packs_(plan.pack_weights || kernels<T>().padded_columns(H_) != H_) {
-    if (layer.hx.defined()) hx_ = readable(layer.hx[d], input_.scalar_type());
+    if (layer.hx.defined()) hx_ = readable(layer.hx[d], chunk_type_);
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
   }
@@ -75,10 +76,10 @@ class DirectionBackward {
 
   /// This direction's columns of a chunk of [.., D * H].
   Tensor columns(const Tensor& t, Range range) const {
-    return readable(narrow_direction(narrow_steps(layout_, t, range), d_, H_), t.scalar_type());
+    return readable(narrow_direction(narrow_steps(layout_, t, range), d_, H_), chunk_type_);
   }
 
-  Tensor make_delta(Range range) const { return make_delta(range, input_.scalar_type()); }
+  Tensor make_delta(Range range) const { return make_delta(range, chunk_type_); }
 
   /// The recurrence's arguments for a chunk whose tensors are of type T.
   BackwardArgs<T> recurrence_args(const Chunk& c) const {
@@ -282,6 +283,15 @@ class DirectionBackward {
 
   /// grad_x = [grad_x +] delta W_ih by our kernel, for small sizes.
   void multiply_delta(const Chunk& c, const Tensor& grad_input, bool accumulate) {
+    if (grad_input.scalar_type() != kType) {
+      const Tensor product = at::empty(grad_input.sizes(), grad_input.options().dtype(kType));
+      multiply_delta(c, product, /*accumulate=*/false);
+      if (accumulate)
+        grad_input.add_(product);
+      else
+        grad_input.copy_(product);
+      return;
+    }
     const Panels<T> w_ih(cell_.w_ih, /*transposed=*/false);
     ProductArgs<T> a;
     a.K = H_;
@@ -385,7 +395,8 @@ class DirectionBackward {
   const Activation activation_;
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
-  Tensor hx_, grad_h_n_;   // [B, H] or undefined; grad_h_n_ in T
+  const at::ScalarType chunk_type_;
+  Tensor hx_, grad_h_n_;   // [B, H] or undefined; hx_ as chunks, grad_h_n_ in T
   const bool packs_;       // W_hh, else it is read as it is
   Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T; between pack and unpack, as is
   Tensor w_hh_;            // W_hh itself

@@ -13,6 +13,9 @@ bool takes_step_products(const Plan& plan, bool first) {
   return plan.backward_step_products || (plan.packs_once && !first);
 }
 
+/// Whether chunks of 16-bit tensors stay so, and are converted a few steps at a time.
+bool converts_in_parts(const Plan& plan) { return plan.converts && !plan.own_gradients; }
+
 /// delta of one chunk of each of `walks`, their first or a later one.
 template <typename T>
 void run_recurrence(const Layout& layout, const Plan& plan, bool first, DirectionBackward<T>* walks,
@@ -26,7 +29,7 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
     return;
   }
   for (size_t d = 0; d < count; ++d) walks[d].pack();
-  if (plan.converts) {
+  if (converts_in_parts(plan)) {
     if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;
@@ -34,7 +37,7 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
     run_parts(layout, plan, args, kernels<T>().backward);
   }
   for (size_t d = 0; d < count; ++d) {
-    if (!plan.converts) walks[d].keep_carry(chunks[d]);
+    if (!converts_in_parts(plan)) walks[d].keep_carry(chunks[d]);
     walks[d].unpack();
   }
 }

@@ -189,6 +189,28 @@ inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_
   return bounds;
 }
 
+/// Some rows of the batch, in steps that have any of them.
+inline Layout narrow_layout(Layout layout, Range rows) {
+  layout.B = rows.end - rows.begin;
+  layout.total_rows = layout.T * layout.B;
+  if (!layout.packed()) return layout;
+  while (layout.batch_sizes[layout.T - 1] <= rows.begin) --layout.T;
+  layout.batch_sizes.resize(layout.T);
+  layout.first_row.resize(layout.T + 1);
+  layout.rows_before.resize(layout.T + 1);
+  for (int64_t t = 0; t < layout.T; ++t) {
+    layout.batch_sizes[t] = std::min(layout.batch_sizes[t], rows.end) - rows.begin;
+    layout.rows_before[t + 1] = layout.rows_before[t] + layout.batch_sizes[t];
+  }
+  layout.total_rows = layout.rows_before[layout.T];
+  return layout;
+}
+
+/// Those rows of a [T, B, N] or [D, B, H] tensor, as a view, if there is one.
+inline Tensor narrow_rows(const Tensor& t, Range rows) {
+  return t.defined() ? t.narrow(1, rows.begin, rows.end - rows.begin) : t;
+}
+
 /// Runs a kernel on every part of the batch, of all `directions` side by side, each by a thread or
 /// by a team of threads.
 template <typename Args>

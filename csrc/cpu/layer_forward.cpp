@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <cstring>
@@ -156,6 +157,21 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
 /// stays in float32.
 void forward_converted(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
                        const PreparedCell<float>& cell, const Tensor& x, const Tensor& output) {
+  if (plan.fuse_input && plan.row_blocks > 1 && !layout.packed() && available_threads() > 1) {
+    // Each thread converts the rows that it computes.
+    const std::vector<int64_t> bounds = row_bounds(layout, {0, layout.T}, plan.row_blocks);
+    at::parallel_for(0, plan.row_blocks, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;  // the pool's threads have no such state
+      for (int64_t i = begin; i < end; ++i) {
+        const Range rows{bounds[i], bounds[i + 1]};
+        Layer part = layer;
+        if (layer.hx.defined()) part.hx = narrow_rows(layer.hx, rows);
+        forward_converted(narrow_layout(layout, rows), plan, part, d, cell, narrow_rows(x, rows),
+                          narrow_rows(output, rows));
+      }
+    });
+    return;
+  }
   const int64_t H = layer.hidden_size();
   const bool reverse = d == 1;
   const Range all{0, layout.T};

@@ -69,21 +69,25 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
   // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
   // chunk where delta is smaller than that, else parts of the sequence; of a large W_hh, as long as
   // it is larger than a part's delta, two parts, the second without packing.
-  // Packed sequences have previous states gathered, as much again as delta.
+  // Packed sequences may have previous states gathered, as much again as delta; chunks that are
+  // converted have all their tensors in memory twice.
   const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
-  const int64_t parts = s.packed && !plan.own_gradients ? 2 * kParts : kParts;
+  const bool converted = s.converts && plan.own_gradients,
+             gathers = s.packed && !plan.own_gradients;
+  const int64_t parts = converted ? 4 * kParts : gathers ? 2 * kParts : kParts;
+  const int64_t small_bytes = converted ? kSmallBytes / 8 : kSmallBytes;
   const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
   plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
                     delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
-  if (delta_bytes <= std::max(kSmallBytes, panel_bytes))
+  if (delta_bytes <= std::max(small_bytes, panel_bytes))
     plan.backward_steps = s.T;
   else if (plan.packs_once)
     plan.backward_steps = divide_up(s.T, 2);
   else
     plan.backward_steps =
-        std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(kSmallBytes)));
+        std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(small_bytes)));
   const int64_t convert_bytes =
-      std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 16, kConvertBytes);
+      std::clamp(delta_bytes / 2 / kConvertParts, kConvertBytes / 2, kConvertBytes);
   plan.convert_steps = s.converts ? steps_in(convert_bytes) : s.T;
 }
 
@@ -110,7 +114,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.step_products = plan.backward_step_products && !few_in_step;
   const bool reads_as_is = plan.backward_step_products && few_in_step;
   if (reads_as_is) plan.pack_weights = false;
-  plan.own_gradients = !s.converts && s.H <= kOuterHidden && s.I <= kOuterInput;
+  plan.own_gradients = s.H <= kOuterHidden && s.I <= kOuterInput;
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -129,7 +133,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
   plan.parallel = useful_threads > 1;
-  const bool by_rows = plan.own_gradients && plan.column_blocks == 1;
+  const bool by_rows = plan.own_gradients && plan.column_blocks == 1 && !(s.packed && s.converts);
   plan.batch_parts = by_rows
                          ? std::clamp<int64_t>(
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)
