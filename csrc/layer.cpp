@@ -40,11 +40,15 @@ void check_dtype(const Tensor& input) {
       ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
 }
 
-/// Rows [layer * D, (layer + 1) * D) of an [L*D, B, H] tensor, if there is one.
-Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, int64_t layer) {
+/// Those of `count` layers in an [L*D, B, H] tensor, if there is one.
+Tensor rows_of_layers(const OptionalTensor& states, const RnnOptions& options, int64_t first,
+                      int64_t count) {
   if (!states.has_value() || !states->defined()) return Tensor();
-  if (options.num_layers == 1) return *states;
-  return states->narrow(0, layer * options.directions(), options.directions());
+  if (options.num_layers == count) return *states;
+  return states->narrow(0, first * options.directions(), count * options.directions());
+}
+Tensor rows_of_layer(const OptionalTensor& states, const RnnOptions& options, int64_t layer) {
+  return rows_of_layers(states, options, layer, 1);
 }
 
 /// Layer number `layer` of a call, reading `input`.
@@ -147,35 +151,25 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
 
   const int64_t lowest = lowest_layer(needs, D * options.weights_per_cell());
   const int64_t count = options.num_layers - lowest;
-  const auto layer_at = [&](int64_t layer) {
-    return layer_of(layer > 0 ? layer_outputs[layer - 1] : input, hx, weights, options, layer);
-  };
+  const int64_t together = D == 1 && engine.takes_stacks ? count : 1;
   Tensor grad_y = grad_output.value_or(Tensor());
-  if (D == 1 && count > 0 && engine.stack_backward != nullptr) {
-    std::vector<Layer> layers;
-    std::vector<WantedGradients> wanted;
-    for (int64_t layer = lowest; layer < options.num_layers; ++layer) {
-      layers.push_back(layer_at(layer));
-      wanted.push_back(wanted_of_layer(needs, grad_hx, options, layer));
+  for (int64_t top = options.num_layers; top > lowest; top -= together) {
+    const int64_t first = top - together;
+    BackwardPass pass{layout};
+    for (int64_t layer = first; layer < top; ++layer) {
+      const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
+      pass.layers.push_back(layer_of(x, hx, weights, options, layer));
+      pass.outputs.push_back(layer_outputs[layer]);
+      pass.wanted.push_back(wanted_of_layer(needs, grad_hx, options, layer));
     }
-    wanted[0].input = grad_input;
-    Tensor states = grad_h_n.value_or(Tensor());
-    if (states.defined() && lowest > 0) states = states.narrow(0, lowest, count);
-    const std::vector<Cell> cells =
-        engine.stack_backward(layout, layers, layer_outputs.slice(lowest), grad_y, states, wanted);
-    for (int64_t i = 0; i < count; ++i)
-      put_gradients(grad_weights, cells[i], options, lowest + i, /*direction=*/0);
-  } else {
-    for (int64_t layer = options.num_layers - 1; layer >= lowest; --layer) {
-      const Layer read = layer_at(layer);
-      WantedGradients wanted = wanted_of_layer(needs, grad_hx, options, layer);
-      wanted.input = layer > lowest ? at::empty(read.input.sizes(), input.options()) : grad_input;
-      const std::vector<Cell> cells =
-          engine.layer_backward(layout, read, layer_outputs[layer], grad_y,
-                                rows_of_layer(grad_h_n, options, layer), wanted);
-      for (int64_t d = 0; d < D; ++d) put_gradients(grad_weights, cells[d], options, layer, d);
-      grad_y = wanted.input;
-    }
+    const Tensor& x = pass.layers[0].input;
+    pass.wanted[0].input = first > lowest ? at::empty(x.sizes(), x.options()) : grad_input;
+    pass.grad_output = grad_y;
+    pass.grad_h_n = rows_of_layers(grad_h_n, options, first, together);
+    const std::vector<Cell> cells = engine.layers_backward(pass);
+    for (int64_t i = 0; i < together * D; ++i)
+      put_gradients(grad_weights, cells[i], options, first + i / D, i % D);
+    grad_y = pass.wanted[0].input;
   }
   for (Tensor& gradient : grad_weights)
     if (!gradient.defined()) gradient = at::empty({0}, input.options());

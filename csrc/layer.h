@@ -47,27 +47,30 @@ struct WantedGradients {
   std::vector<std::array<bool, 4>> cells;  // w_ih, w_hh, b_ih, b_hh of each direction
 };
 
+/// Backward of a layer, or of layers in one direction, each reading the output of the one before.
+struct BackwardPass {
+  const Layout& layout;
+  std::vector<Layer> layers = {};
+  std::vector<Tensor> outputs = {};          // as forward wrote them
+  Tensor grad_output = {};                   // of the last one, of any strides; or undefined
+  Tensor grad_h_n = {};                      // [layers * D, B, H] or undefined
+  std::vector<WantedGradients> wanted = {};  // the input's of the first one alone
+};
+
 struct Engine {
   /// Writes output [T, B, D*H] or [N, D*H] and h_n [D, B, H], both contiguous.
   void (*layer_forward)(const Layout& layout, const Layer& layer, const Tensor& output,
                         const Tensor& h_n);
-  /// output as forward wrote it; grad_output like it, of any strides, or undefined; grad_h_n
-  /// [D, B, H] or undefined. Returns the cells' gradients, undefined where not wanted.
-  std::vector<Cell> (*layer_backward)(const Layout& layout, const Layer& layer,
-                                      const Tensor& output, const Tensor& grad_output,
-                                      const Tensor& grad_h_n, const WantedGradients& wanted);
-  // All layers of a stack in one direction at once, each reading the output of the one before; or
-  // null. runs_side_by_side: whether forward does so, of layers that begin with `first`. h_n,
-  // grad_h_n [layers, B, H]; grad_output is the last one's; wanted.input counts for the first
-  // alone.
+  /// Returns the gradients of every cell, undefined where not wanted.
+  std::vector<Cell> (*layers_backward)(const BackwardPass& pass);
+  bool takes_stacks = false;  // a pass may have several layers
+  // Forward of all layers of a stack in one direction at once, each reading the output of the one
+  // before; or null. runs_side_by_side: whether layers that begin with `first` do so. h_n
+  // [layers, B, H].
   bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers,
                             bool keep) = nullptr;
   void (*stack_forward)(const Layout& layout, const std::vector<Layer>& layers,
                         at::TensorList outputs, const Tensor& h_n) = nullptr;
-  std::vector<Cell> (*stack_backward)(const Layout& layout, const std::vector<Layer>& layers,
-                                      at::TensorList outputs, const Tensor& grad_output,
-                                      const Tensor& grad_h_n,
-                                      const std::vector<WantedGradients>& wanted) = nullptr;
 };
 
 /// rnn_forward and rnn_backward by an engine, arguments not yet checked.

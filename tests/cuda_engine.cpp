@@ -72,7 +72,7 @@ class Guarded {
   c10::Allocator* const before_;
 };
 
-constexpr Engine kEngine{cuda::layer_forward, cuda::layer_backward};
+constexpr Engine kEngine{cuda::layer_forward, cuda::layers_backward};
 
 ForwardResult rnn_forward_on_host(const Tensor& input, const OptionalTensor& hx,
                                   at::TensorList weights, const OptionalTensor& batch_sizes,

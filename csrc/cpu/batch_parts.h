@@ -13,19 +13,12 @@ namespace fastrnn::cpu {
 
 namespace {
 
-/// A backward pass: of layers in one direction, each reading the output of the one before, or of
-/// one layer in both. As in Engine.
-struct Pass {
-  Layout layout;
-  std::vector<Layer> layers;
-  std::vector<Tensor> outputs;
-  Tensor grad_output, grad_h_n;
-  std::vector<WantedGradients> wanted;
-};
-
-/// The same pass for some rows of the batch: of each tensor a view that begins with them.
-Pass narrow_batch(Pass pass, Range rows) {
-  const bool packed = pass.layout.packed();
+/// The same pass for `rows` of the batch, whose layout is `part`: of each tensor a view that begins
+/// with them.
+BackwardPass narrow_batch(const BackwardPass& whole, const Layout& part, Range rows) {
+  BackwardPass pass{part,           whole.layers, whole.outputs, whole.grad_output,
+                    whole.grad_h_n, whole.wanted};
+  const bool packed = part.packed();
   const auto narrow_states = [&](Tensor& t) { t = narrow_rows(t, rows); };
   const auto narrow = [&](Tensor& t) {
     if (packed && t.defined())
@@ -33,7 +26,6 @@ Pass narrow_batch(Pass pass, Range rows) {
     else
       t = narrow_rows(t, rows);
   };
-  pass.layout = narrow_layout(pass.layout, rows);
   for (Layer& layer : pass.layers) {
     narrow(layer.input);
     narrow_states(layer.hx);
@@ -69,7 +61,7 @@ void round(Cell& cell, at::ScalarType type) {
 
 /// Runs a pass as a whole, or parts of the batch side by side. T: the type computed in.
 template <typename T, typename Backward>
-std::vector<Cell> run_by_parts(const Pass& pass, const Backward& backward) {
+std::vector<Cell> run_by_parts(const BackwardPass& pass, const Backward& backward) {
   const int64_t threads = available_threads();
   int64_t parts = threads;
   for (const Layer& layer : pass.layers)
@@ -82,10 +74,15 @@ std::vector<Cell> run_by_parts(const Pass& pass, const Backward& backward) {
   };
   if (parts == 1) return rounded(backward(pass));
   // Made here: threads that count references to one tensor disturb each other.
-  std::vector<Pass> passes;
   const std::vector<int64_t> bounds = row_bounds(pass.layout, {0, pass.layout.T}, parts);
-  for (size_t i = 1; i < bounds.size(); ++i)
-    passes.push_back(narrow_batch(pass, {bounds[i - 1], bounds[i]}));
+  std::vector<Layout> layouts;
+  layouts.reserve(parts);  // passes refer to them
+  std::vector<BackwardPass> passes;
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    const Range rows{bounds[i - 1], bounds[i]};
+    layouts.push_back(narrow_layout(pass.layout, rows));
+    passes.push_back(narrow_batch(pass, layouts.back(), rows));
+  }
   std::vector<std::vector<Cell>> cells(passes.size());
   at::parallel_for(0, passes.size(), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads of the pool have no such state

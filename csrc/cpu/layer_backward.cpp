@@ -45,7 +45,7 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
 /// Layers of one direction: each runs a chunk when the layer above has, whose gradient of that
 /// chunk is then its workspace. T: the type computed in.
 template <typename T>
-std::vector<Cell> stack_backward_as(const Pass& pass) {
+std::vector<Cell> stack_backward(const BackwardPass& pass) {
   const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
   const int64_t count = static_cast<int64_t>(layers.size());
   std::vector<Plan> plans;
@@ -90,7 +90,7 @@ std::vector<Cell> stack_backward_as(const Pass& pass) {
 
 /// Both directions of a layer.
 template <typename T>
-std::vector<Cell> bidirectional_backward_as(const Pass& pass) {
+std::vector<Cell> bidirectional_backward(const BackwardPass& pass) {
   const Layout& layout = pass.layout;
   const Layer& layer = pass.layers[0];
   const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
@@ -127,26 +127,13 @@ std::vector<Cell> bidirectional_backward_as(const Pass& pass) {
 
 }  // namespace
 
-std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
-                                 const Tensor& grad_output, const Tensor& grad_h_n,
-                                 const WantedGradients& wanted) {
-  const Pass pass{layout, {layer}, {output}, grad_output, grad_h_n, {wanted}};
+std::vector<Cell> layers_backward(const BackwardPass& pass) {
+  const bool bidirectional = pass.layers[0].directions() == 2;
   // Directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
-  if (wanted.input.defined()) wanted.input.zero_();
-  return with_kernel_type(output.scalar_type(), [&](auto number) {
+  if (bidirectional && pass.wanted[0].input.defined()) pass.wanted[0].input.zero_();
+  return with_kernel_type(pass.outputs[0].scalar_type(), [&](auto number) {
     using T = decltype(number);
-    return run_by_parts<T>(pass, bidirectional_backward_as<T>);
-  });
-}
-
-std::vector<Cell> stack_backward(const Layout& layout, const std::vector<Layer>& layers,
-                                 at::TensorList outputs, const Tensor& grad_output,
-                                 const Tensor& grad_h_n,
-                                 const std::vector<WantedGradients>& wanted) {
-  const Pass pass{layout, layers, outputs.vec(), grad_output, grad_h_n, wanted};
-  return with_kernel_type(outputs[0].scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    return run_by_parts<T>(pass, stack_backward_as<T>);
+    return run_by_parts<T>(pass, bidirectional ? bidirectional_backward<T> : stack_backward<T>);
   });
 }
 

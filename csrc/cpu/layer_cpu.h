@@ -30,18 +30,9 @@ bool runs_side_by_side(const Layout& layout, const Layer& first, int64_t layers,
 void stack_forward(const Layout& layout, const std::vector<Layer>& layers, at::TensorList outputs,
                    const Tensor& h_n);
 
-/// Layers of one direction, chunk by chunk.
-std::vector<Cell> stack_backward(const Layout& layout, const std::vector<Layer>& layers,
-                                 at::TensorList outputs, const Tensor& grad_output,
-                                 const Tensor& grad_h_n,
-                                 const std::vector<WantedGradients>& wanted);
-
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n);
 
-/// Of both directions.
-std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
-                                 const Tensor& grad_output, const Tensor& grad_h_n,
-                                 const WantedGradients& wanted);
+std::vector<Cell> layers_backward(const BackwardPass& pass);
 
 }  // namespace fastrnn::cpu

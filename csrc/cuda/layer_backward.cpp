@@ -156,9 +156,12 @@ class DirectionBackward {
 
 }  // namespace
 
-std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
-                                 const Tensor& grad_output, const Tensor& grad_h_n,
-                                 const WantedGradients& wanted) {
+std::vector<Cell> layers_backward(const BackwardPass& pass) {
+  const Layout& layout = pass.layout;
+  const Layer& layer = pass.layers[0];
+  const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
+  const Tensor& grad_h_n = pass.grad_h_n;
+  const WantedGradients& wanted = pass.wanted[0];
   const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =

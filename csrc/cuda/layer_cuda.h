@@ -14,9 +14,7 @@ namespace fastrnn::cuda {
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n);
 
-std::vector<Cell> layer_backward(const Layout& layout, const Layer& layer, const Tensor& output,
-                                 const Tensor& grad_output, const Tensor& grad_h_n,
-                                 const WantedGradients& wanted);
+std::vector<Cell> layers_backward(const BackwardPass& pass);
 
 /// Whether there are kernels for this GPU: those of compute capability 8.0 or above.
 bool runs_on(int device);

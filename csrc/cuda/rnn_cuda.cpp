@@ -41,7 +41,7 @@ Gpu current_gpu() {
 
 namespace {
 
-constexpr Engine kEngine{cuda::layer_forward, cuda::layer_backward};
+constexpr Engine kEngine{cuda::layer_forward, cuda::layers_backward};
 
 ForwardResult rnn_forward_cuda(const Tensor& input, const OptionalTensor& hx,
                                at::TensorList weights, const OptionalTensor& batch_sizes,
