@@ -145,18 +145,26 @@ class OuterProduct {
   }
 
  private:
-  /// Rows that go on where the last ones end lengthen their run.
+  /// Rows that follow the last ones, or come just before them, lengthen their run.
   FASTRNN_INLINE void append(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
+    const Run<T> run = {rows, delta.data, a.data, delta.row_stride, a.row_stride};
     rows_ += round_up_to_depth<T>(rows);
     if (count_ > 0) {
       Run<T>& last = runs_[count_ - 1];
-      if (delta.data == last.delta + last.rows * last.delta_stride &&
-          a.data == last.a + last.rows * last.a_stride && a.row_stride == last.a_stride) {
-        last.rows += rows;
+      const int64_t together = last.rows + rows;
+      const bool before = is_followed(run, last);
+      if (before || is_followed(last, run)) {
+        if (before) last = run;
+        last.rows = together;
         return;
       }
     }
-    runs_[count_++] = {rows, delta.data, a.data, delta.row_stride, a.row_stride};
+    runs_[count_++] = run;
+  }
+
+  static bool is_followed(const Run<T>& run, const Run<T>& next) {
+    return next.delta == run.delta + run.rows * run.delta_stride &&
+           next.a == run.a + run.rows * run.a_stride && next.a_stride == run.a_stride;
   }
 
   /// By blocks of columns, of which kDepth rows at a time are laid side by side first.
