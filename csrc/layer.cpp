@@ -40,7 +40,7 @@ void check_dtype(const Tensor& input) {
       ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
 }
 
-/// Those of `count` layers in an [L*D, B, H] tensor, if there is one.
+/// The states of `count` layers, from `first`, in an [L*D, B, H] tensor, if there is one.
 Tensor rows_of_layers(const OptionalTensor& states, const RnnOptions& options, int64_t first,
                       int64_t count) {
   if (!states.has_value() || !states->defined()) return Tensor();

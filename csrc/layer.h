@@ -25,6 +25,8 @@ struct Layout {
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }
   int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
+  /// The first row of step t in the call's tensors.
+  int64_t position(int64_t t) const { return packed() ? first_row[t] : t * B; }
   /// Rows of all steps before step t: its first row in a workspace.
   int64_t offset(int64_t t) const { return packed() ? rows_before[t] : t * B; }
 };

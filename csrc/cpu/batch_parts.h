@@ -5,8 +5,6 @@
 // again, and no thread waits for another before the end. Included by layer_backward.cpp alone.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-
 #include "layer_common.h"
 
 namespace fastrnn::cpu {
@@ -40,11 +38,13 @@ BackwardPass narrow_batch(const BackwardPass& whole, const Layout& part, Range r
   return pass;
 }
 
+constexpr Tensor Cell::* kGradients[] = {&Cell::w_ih, &Cell::w_hh, &Cell::b_ih, &Cell::b_hh};
+
 /// sum += part, of every gradient that is there, in a loop: an operator costs more than a small
 /// layer's.
 template <typename T>
 void add(const Cell& sum, const Cell& part) {
-  for (Tensor Cell::* gradient : {&Cell::w_ih, &Cell::w_hh, &Cell::b_ih, &Cell::b_hh}) {
+  for (Tensor Cell::* gradient : kGradients) {
     if (!(sum.*gradient).defined()) continue;
     Sum<T>* to = mutable_data_of<Sum<T>>(sum.*gradient);
     const Sum<T>* from = data_of<Sum<T>>(part.*gradient);
@@ -55,7 +55,7 @@ void add(const Cell& sum, const Cell& part) {
 
 /// Every gradient in the type of the weights.
 void round(Cell& cell, at::ScalarType type) {
-  for (Tensor Cell::* gradient : {&Cell::w_ih, &Cell::w_hh, &Cell::b_ih, &Cell::b_hh})
+  for (Tensor Cell::* gradient : kGradients)
     if ((cell.*gradient).defined()) cell.*gradient = (cell.*gradient).to(type);
 }
 
@@ -84,10 +84,7 @@ std::vector<Cell> run_by_parts(const BackwardPass& pass, const Backward& backwar
     passes.push_back(narrow_batch(pass, layouts.back(), rows));
   }
   std::vector<std::vector<Cell>> cells(passes.size());
-  at::parallel_for(0, passes.size(), 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads of the pool have no such state
-    for (int64_t i = begin; i < end; ++i) cells[i] = backward(passes[i]);
-  });
+  run_with_operators(passes.size(), [&](int64_t i) { cells[i] = backward(passes[i]); });
   for (size_t i = 1; i < cells.size(); ++i)
     for (size_t c = 0; c < cells[i].size(); ++c) add<T>(cells[0][c], cells[i][c]);
   return rounded(std::move(cells[0]));

@@ -371,14 +371,14 @@ class DirectionBackward {
     const char* states = static_cast<const char*>(c.y.const_data_ptr());
     const char* initial = hx_.defined() ? static_cast<const char*>(hx_.const_data_ptr()) : nullptr;
     const size_t hx_stride = initial ? hx_.stride(0) * previous.element_size() : 0;
-    const int64_t origin = layout_.offset(c.y_begin);
+    const int64_t origin = layout_.position(c.y_begin);
     for (int64_t t = c.range.begin; t < c.range.end; ++t) {
       const int64_t before = reverse() ? t + 1 : t - 1;
       const int64_t ongoing =
           before < 0 || before >= layout_.T ? 0 : std::min(layout_.rows(before), layout_.rows(t));
       for (int64_t b = 0; b < layout_.rows(t); ++b, out += row_bytes) {
         if (b < ongoing)
-          std::memcpy(out, states + (layout_.offset(before) - origin + b) * y_stride, row_bytes);
+          std::memcpy(out, states + (layout_.position(before) - origin + b) * y_stride, row_bytes);
         else if (initial)
           std::memcpy(out, initial + b * hx_stride, row_bytes);
         else

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -67,6 +68,16 @@ inline int64_t available_threads() {
 #else
   return 1;  // without OpenMP at::parallel_for has the calling thread only
 #endif
+}
+
+/// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
+/// of the caller's, and without this operators on its tensors would go through autograd's checks.
+template <typename Run>
+void run_with_operators(int64_t count, const Run& run) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
 }
 
 /// The recurrence's view of steps [begin, end).

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <cstring>
@@ -64,7 +63,7 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   int64_t t = layout.T;
   for (int64_t b = 0; b < layout.B; ++b) {
     while (layout.rows(t - 1) <= b) --t;  // t: length of sequence b
-    const int64_t row = layout.offset(d == 1 ? 0 : t - 1) + b;
+    const int64_t row = layout.position(d == 1 ? 0 : t - 1) + b;
     std::memcpy(out + b * row_bytes, y + row * stride, row_bytes);
   }
 }
@@ -125,7 +124,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
     a.activation = layer.activation;
     if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
     a.y = sequence_of<T>(layout, output, 0, d * H);
-    if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.offset(range.begin - 1) * H, H};
+    if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.position(range.begin - 1) * H, H};
     if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
     args.push_back(a);
   }
@@ -157,21 +156,6 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
 /// stays in float32.
 void forward_converted(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
                        const PreparedCell<float>& cell, const Tensor& x, const Tensor& output) {
-  if (plan.fuse_input && plan.row_blocks > 1 && !layout.packed() && available_threads() > 1) {
-    // Each thread converts the rows that it computes.
-    const std::vector<int64_t> bounds = row_bounds(layout, {0, layout.T}, plan.row_blocks);
-    at::parallel_for(0, plan.row_blocks, 1, [&](int64_t begin, int64_t end) {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;  // the pool's threads have no such state
-      for (int64_t i = begin; i < end; ++i) {
-        const Range rows{bounds[i], bounds[i + 1]};
-        Layer part = layer;
-        if (layer.hx.defined()) part.hx = narrow_rows(layer.hx, rows);
-        forward_converted(narrow_layout(layout, rows), plan, part, d, cell, narrow_rows(x, rows),
-                          narrow_rows(output, rows));
-      }
-    });
-    return;
-  }
   const int64_t H = layer.hidden_size();
   const bool reverse = d == 1;
   const Range all{0, layout.T};
@@ -205,6 +189,22 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
   }
 }
 
+/// The same by blocks of rows: each thread converts what it computes.
+void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Layer& layer,
+                               int64_t d, const PreparedCell<float>& cell, const Tensor& x,
+                               const Tensor& output) {
+  const std::vector<int64_t> bounds = row_bounds(layout, {0, layout.T}, plan.row_blocks);
+  Plan alone = plan;
+  alone.row_blocks = 1;
+  run_with_operators(plan.row_blocks, [&](int64_t i) {
+    const Range rows{bounds[i], bounds[i + 1]};
+    Layer part = layer;
+    part.hx = narrow_rows(layer.hx, rows);
+    forward_converted(narrow_layout(layout, rows), alone, part, d, cell, narrow_rows(x, rows),
+                      narrow_rows(output, rows));
+  });
+}
+
 /// T: the type computed in.
 template <typename T>
 void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) {
@@ -219,11 +219,13 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
   if (!plan.step_products && !plan.converts)
     return forward_native<T>(layout, plan, layer, cells, x, {0, layout.T}, output);
+  const bool by_rows = plan.fuse_input && plan.row_blocks > 1 && !layout.packed();
   for (int64_t d = 0; d < D; ++d) {
     if (plan.step_products)
       forward_by_steps<T>(layout, plan, layer, d, cells[d], output);
     else if constexpr (std::is_same_v<T, float>)
-      forward_converted(layout, plan, layer, d, cells[d], x, output);
+      (by_rows ? forward_converted_by_rows : forward_converted)(layout, plan, layer, d, cells[d], x,
+                                                                output);
   }
 }
 

@@ -41,9 +41,8 @@ Plan plan_layer(const LayerShape& shape, int64_t threads);
 
 /// How the layers of a stack in one direction run.
 struct StackPlan {
-  int64_t
-      threads;  // that run layers side by side; 1: each layer has all threads, one after the other
-  int64_t steps;  // of a part of the sequence, which a layer runs when the one before has
+  int64_t threads;  // that run layers side by side; 1: one after the other, each by all threads
+  int64_t steps;    // of a part of the sequence, which a layer runs when the one before has
 };
 
 /// `layer`: any of `layers` but the first, which may have other features: its product with the

@@ -4,12 +4,12 @@
 // layers, another takes the part after it through the lower ones.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <sched.h>
 
 #include <atomic>
 #include <vector>
+
+#include "layer_common.h"
 
 namespace fastrnn::cpu {
 
@@ -38,10 +38,7 @@ void run_wavefront(int64_t layers, int64_t parts, int64_t threads, const Run& ru
       }
     }
   };
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // Threads of the pool have no state of the caller's: without this, operators on its tensors
-    // would go through autograd's checks.
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+  run_with_operators(threads, [&](int64_t) {
     try {
       take_parts();
     } catch (...) {
