@@ -139,6 +139,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   py::dict result;
   result["fuse_input"] = plan.fuse_input;
   result["own_input_product"] = plan.own_input_product;
+  result["own_products"] = plan.own_products;
   result["step_products"] = plan.step_products;
   result["backward_step_products"] = plan.backward_step_products;
   result["pack_weights"] = plan.pack_weights;

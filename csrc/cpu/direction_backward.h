@@ -205,7 +205,7 @@ class DirectionBackward {
 
  private:
   static constexpr at::ScalarType kType = kScalarType<T>;
-  static constexpr int64_t kRowsPerThread = 32;  // of a product over a chunk
+  static constexpr int64_t kLeastPackedRows = 128;
 
   at::TensorOptions sum_options() const {
     return plan_.own_gradients ? input_.options().dtype(kScalarType<Sum<T>>) : input_.options();
@@ -268,10 +268,21 @@ class DirectionBackward {
     if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
     if (!grad_b_.empty()) a.grad_b = grad_b_.data();
     a.parts = plan_.parallel ? available_threads() : 1;
+    Tensor workspace;
+    if (plan_.packs_gradients) {
+      // An eighth of delta's memory, if that is enough rows.
+      const int64_t row_size = a.parts * kernels<T>().packed_columns;
+      const int64_t rows = c.delta.numel() / 8 / row_size / 2 * 2;
+      a.packed_rows = std::clamp(rows, kLeastPackedRows, kernels<T>().packed_rows);
+      workspace =
+          at::empty({a.parts, a.packed_rows, kernels<T>().packed_columns}, c.delta.options());
+      a.workspace = mutable_data_of<T>(workspace);
+    }
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         WeightGradientArgs<T> part = a;
         part.part = i;
+        if (a.workspace) part.workspace += i * a.packed_rows * kernels<T>().packed_columns;
         kernels<T>().weight_gradients(part);
       }
     };
@@ -298,34 +309,21 @@ class DirectionBackward {
     a.N = cell_.w_ih.size(1);
     a.panels = w_ih.data();
     a.accumulate = accumulate;
-    const T* delta = data_of<T>(c.delta);
-    const Sequence<T> out = sequence_of<T>(layout_, grad_input, c.range.begin, 0);
-    const auto multiply_rows = [&](T* to, int64_t row_stride, int64_t first, int64_t rows) {
-      ProductArgs<T> part = a;
-      part.rows = rows;
-      part.x = {delta + first * H_, H_};
-      part.out = {to, row_stride};
-      kernels<T>().product(part);
-    };
-    const int64_t rows = c.delta.numel() / H_;
-    if (!grad_input.is_contiguous() || grad_input.numel() != rows * a.N) {
-      // Some rows of a larger batch: only those of a step are adjacent.
-      for (int64_t t = c.range.begin; t < c.range.end; ++t) {
-        const int64_t start =
-            out.first_row ? out.first_row[t] * out.row_stride : t * out.step_stride;
-        multiply_rows(out.data + start, out.row_stride,
-                      layout_.offset(t) - layout_.offset(c.range.begin), layout_.rows(t));
-      }
-      return;
+    a.rows = c.delta.numel() / H_;
+    a.x = {data_of<T>(c.delta), H_};
+    if (grad_input.is_contiguous() && grad_input.numel() == a.rows * a.N) {
+      a.out = {mutable_data_of<T>(grad_input), a.N};
+      return multiply_rows(a, plan_.parallel);
     }
-    T* data = mutable_data_of<T>(grad_input);
-    const auto run = [&](int64_t begin, int64_t end) {
-      multiply_rows(data + begin * a.N, a.N, begin, end - begin);
-    };
-    if (plan_.parallel && available_threads() > 1)
-      at::parallel_for(0, rows, kRowsPerThread, run);
-    else
-      run(0, rows);
+    // Some rows of a larger batch: only those of a step are adjacent.
+    const Sequence<T> out = sequence_of<T>(layout_, grad_input, c.range.begin, 0);
+    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
+      const int64_t start = out.first_row ? out.first_row[t] * out.row_stride : t * out.step_stride;
+      a.rows = layout_.rows(t);
+      a.out = {out.data + start, out.row_stride};
+      multiply_rows(a, /*parallel=*/false);
+      a.x.data += a.rows * H_;
+    }
   }
 
   /// Weight gradients by matrix products.

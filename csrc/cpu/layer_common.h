@@ -180,6 +180,23 @@ class Panels {
   Tensor large_;
 };
 
+/// The product of a.rows rows with packed weights, which the threads share if `parallel`.
+template <typename T>
+void multiply_rows(const ProductArgs<T>& a, bool parallel) {
+  constexpr int64_t kRowsPerThread = 32;
+  const auto run = [&](int64_t begin, int64_t end) {
+    ProductArgs<T> part = a;
+    part.rows = end - begin;
+    part.x.data += begin * a.x.row_stride;
+    part.out.data += begin * a.out.row_stride;
+    kernels<T>().product(part);
+  };
+  if (parallel && available_threads() > 1)
+    at::parallel_for(0, a.rows, kRowsPerThread, run);
+  else
+    run(0, a.rows);
+}
+
 /// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps
 /// `range`, so that long packed sequences share evenly.
 inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_t row_blocks) {

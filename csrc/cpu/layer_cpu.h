@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Layers on the CPU: the large products around the recurrence (ATen), its
-// threads and its workspaces. The contract is that of Engine.
+// Layers on the CPU: the recurrence, the large products around it, threads and workspaces. The
+// contract is that of Engine.
 #pragma once
 
 #include "../layer.h"
@@ -22,6 +22,7 @@ inline void set_type(LayerShape& shape, at::ScalarType given) {
   shape.element_size = static_cast<int64_t>(c10::elementSize(type));
   shape.converts = type != given;
   shape.fast_products = has_tile_product(given);
+  shape.baseline = &capability() == &default_capability();
 }
 
 /// Whether `layers` layers, of which the first is `first`, run side by side in forward, because one

@@ -68,17 +68,24 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   }
 }
 
+/// out = x W^T but for the weight, [N, K].
+template <typename T>
+ProductArgs<T> product_args(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  ProductArgs<T> a;
+  a.rows = x.size(0);
+  a.K = x.size(1);
+  a.N = weight.size(0);
+  a.x = matrix_of<T>(x);
+  a.out = {mutable_data_of<T>(out), out.stride(0)};
+  return a;
+}
+
 /// out = x W^T, of few rows, by threads that share the columns.
 template <typename T>
 void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& out) {
   const Tensor w = readable(weight, kScalarType<T>);
-  ProductArgs<T> a;
-  a.rows = x.size(0);
-  a.K = x.size(1);
-  a.N = w.size(0);
-  a.x = matrix_of<T>(x);
+  ProductArgs<T> a = product_args<T>(x, w, out);
   a.w = matrix_of<T>(w);
-  a.out = {mutable_data_of<T>(out), out.stride(0)};
   const int64_t vector = kernels<T>().padded_columns(1), vectors = (a.N + vector - 1) / vector;
   const auto run = [&](int64_t begin, int64_t end) {
     ProductArgs<T> part = a;
@@ -101,10 +108,16 @@ void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, 
   for (int64_t d = 0; d < layer.directions(); ++d) {
     const Tensor& w_ih = layer.cells[d].w_ih;
     const Tensor target = narrow_direction(out, d, layer.hidden_size());
-    if (plan.own_input_product)
+    if (plan.own_input_product) {
       multiply_few_rows<T>(plan, rows, w_ih, target);
-    else
+    } else if (plan.own_products) {
+      const Panels<T> panels(w_ih, /*transposed=*/true);
+      ProductArgs<T> a = product_args<T>(rows, w_ih, target);
+      a.panels = panels.data();
+      multiply_rows(a, plan.parallel);
+    } else {
       multiply(rows, w_ih.t(), target);
+    }
   }
 }
 

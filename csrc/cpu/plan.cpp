@@ -22,22 +22,23 @@ constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
 // (elements of W_hh that are read, or half the multiply-adds), and there are so many columns for
 // each.
 constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
-// Up to these sizes our outer product is as fast as a product that packs; above, its rows alias in
-// the first-level cache.
+// Up to these sizes our outer product need not pack; above, its rows alias in the first-level
+// cache.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
 // layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
-// Rows that a large packed W_hh has to serve before it is cheaper than ATen's product in each step,
-// and the hidden size from which 16-bit matrix instructions in that product outweigh all else.
+// Rows that a large packed weight has to serve before it is cheaper than ATen's products, and the
+// hidden size from which 16-bit matrix instructions in that product outweigh all else.
 constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
 // ATen's product packs both matrices. For few rows of many features that costs more than the
 // product itself, and reading weights as they are is faster.
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
-// The same for parts of the batch in backward, each of which has tensors of its own.
-constexpr int64_t kWorkPerBatchPart = 1 << 20;
+// The same for parts of the batch in backward, each of which has tensors of its own; larger layers
+// gain nothing by them.
+constexpr int64_t kWorkPerBatchPart = 1 << 20, kBatchPartHidden = 192;
 // Chunks of backward: large enough for the products over them to run at full speed, and a part of
 // the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
@@ -114,7 +115,13 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.step_products = plan.backward_step_products && !few_in_step;
   const bool reads_as_is = plan.backward_step_products && few_in_step;
   if (reads_as_is) plan.pack_weights = false;
-  plan.own_gradients = s.H <= kOuterHidden && s.I <= kOuterInput;
+  plan.own_products =
+      !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackLarge;
+  const bool small = s.H <= kOuterHidden && s.I <= kOuterInput;
+  // Large ones take memory to pack into, much beside a chunk of one or two sequences; and so would
+  // sums in float32 beside weights of 16 bits.
+  plan.own_gradients = small || (plan.own_products && s.B > kBatchToPack && s.element_size > 2);
+  plan.packs_gradients = plan.own_gradients && (!small || s.element_size == 2);
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -133,7 +140,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
   plan.parallel = useful_threads > 1;
-  const bool by_rows = plan.own_gradients && plan.column_blocks == 1 && !(s.packed && s.converts);
+  const bool by_rows = plan.own_gradients && s.H <= kBatchPartHidden && plan.column_blocks == 1 &&
+                       !(s.packed && s.converts);
   plan.batch_parts = by_rows
                          ? std::clamp<int64_t>(
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)

@@ -16,11 +16,13 @@ struct LayerShape {
   int64_t element_size;  // of the kernels' tensors: 2 (bfloat16), 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
   bool fast_products;    // ATen's products of 16-bit tensors outrun the kernels
+  bool baseline;         // the kernels are those for any processor: ATen's products outrun them
 };
 
 struct Plan {
   bool fuse_input;         // x * W_ih^T inside the step; else one product over all steps before
-  bool own_input_product;  // that product by our kernel for few rows; else by ATen
+  bool own_input_product;  // that product by our kernel for few rows
+  bool own_products;       // products over many rows by our kernels, packed; else by ATen
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
   bool backward_step_products;  // the same in backward
   bool pack_weights;  // into panels; else they are read as they are (backward: whole vectors only)
@@ -31,6 +33,7 @@ struct Plan {
   int64_t column_blocks;    // threads that share each of those parts' steps, a part of H each
   int64_t batch_parts;      // that go through all of backward side by side; 1: chunk by chunk
   bool own_gradients;       // of weights and input by our kernels; else ATen's matrix products
+  bool packs_gradients;     // those kernels pack what they multiply
   int64_t backward_steps;   // steps per chunk of the backward workspace
   bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)

@@ -130,11 +130,11 @@ struct BackwardArgs {
 ///   grad_W_ih += sum_t delta_t^T x_t
 ///   grad_W_hh += sum_t delta_t^T h_{t-1}
 ///   grad_b    += sum_t delta_t
-/// `steps` walks as the forward did. For small H; above, a matrix product that packs is faster.
+/// `steps` walks as the forward did.
 template <typename T>
 struct WeightGradientArgs {
   Steps steps;
-  int64_t part = 0, parts = 1;  // this call's share of the columns of W_ih and W_hh
+  int64_t part = 0, parts = 1;  // this call's share of each gradient
   int64_t I = 0, H = 0;
   Sequence<const T> x;          // [T, B, I]
   Sequence<const T> y;          // [T, B, H], with the step before the first walked one
@@ -143,6 +143,8 @@ struct WeightGradientArgs {
   Sum<T>* grad_w_ih = nullptr;  // [H, I] contiguous, or null
   Sum<T>* grad_w_hh = nullptr;  // [H, H] contiguous, or null
   Sum<T>* grad_b = nullptr;     // [H], or null
+  T* workspace = nullptr;       // [packed_rows, packed_columns] to pack into; null: small layers
+  int64_t packed_rows = 0;      // with it: rows at a time, even
 };
 
 /// Product of rows with a packed matrix M, or of few rows with a weight as it is, columns
@@ -177,6 +179,9 @@ struct Kernels {
   void (*backward)(const BackwardArgs<T>& args);
   void (*product)(const ProductArgs<T>& args);
   void (*weight_gradients)(const WeightGradientArgs<T>& args);
+  // Rows that are worth packing at a time for it, and elements of its workspace for each. (BFloat16
+  // is always packed, of small layers too.)
+  int64_t packed_rows, packed_columns;
 };
 
 /// One capability's tables.

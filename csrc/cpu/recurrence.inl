@@ -104,6 +104,14 @@ void backward_loop(const BackwardArgs<T>& a) {
           });
 }
 
+/// Rows of K numbers that the second-level cache holds while panels pass: whole tiles.
+template <typename T>
+int64_t rows_in_block(int64_t K) {
+  constexpr int64_t kBytes = 1 << 18, kLeast = 4;
+  const int64_t tiles = kBytes / (FASTRNN_TILE_ROWS * K * static_cast<int64_t>(sizeof(T)));
+  return FASTRNN_TILE_ROWS * (tiles < kLeast ? kLeast : tiles);
+}
+
 template <typename T>
 void product(const ProductArgs<T>& a) {
   Step<T> s = {};
@@ -112,11 +120,16 @@ void product(const ProductArgs<T>& a) {
   s.out = a.out;
   if (a.panels != nullptr) {
     s.K = a.K;
-    s.s = a.x;
     s.s_panels = a.panels;
-    if (a.accumulate) s.addend = read_only(a.out);
-    return run_panels<T, ForwardEpilogue<Identity>>(s, 0, (a.N + kPanel<T> - 1) / kPanel<T>,
-                                                    /*descending=*/false);
+    const int64_t panels = (a.N + kPanel<T> - 1) / kPanel<T>, block = rows_in_block<T>(a.K);
+    for (int64_t row = 0; row < a.rows; row += block) {
+      s.rows = a.rows - row < block ? a.rows - row : block;
+      s.s = from_row(a.x, row);
+      s.out = from_row(a.out, row);
+      if (a.accumulate) s.addend = read_only(s.out);
+      run_panels<T, ForwardEpilogue<Identity>>(s, 0, panels, /*descending=*/(row / block) & 1);
+    }
+    return;
   }
   s.I = a.K;
   s.x = a.x;
@@ -142,8 +155,8 @@ void backward(const BackwardArgs<T>& a) {
 }
 
 template <typename T>
-constexpr Kernels<T> kKernels = {packed_size<T>,     padded_columns<T>, pack<T>,
-                                 forward<T>,         backward<T>,       product<T>,
-                                 weight_gradients<T>};
+constexpr Kernels<T> kKernels = {packed_size<T>,      padded_columns<T>, pack<T>,
+                                 forward<T>,          backward<T>,       product<T>,
+                                 weight_gradients<T>, kPackedRows<T>,    kOuterColumns<T>};
 
 }  // namespace

@@ -1,40 +1,95 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Weight gradients by an outer product of our own, for small layers. Part of recurrence.inl.
+// Weight gradients by an outer product. Part of recurrence.inl.
 
 namespace {
 
-/// Columns of `a` in one tile of the outer product.
-constexpr int kOuterColumns = FASTRNN_TILE_ROWS;
-/// Rows that are multiplied before the next tile: their deltas stay in a near cache, and sums are
-/// sums of such parts.
+/// Rows that are multiplied before the next tile, and sums are sums of such parts: packed ones
+/// more, since each time all of the result is read and written.
 template <typename T>
 constexpr int64_t kOuterRows = 128 * kDepth<T>;
+template <typename T>
+constexpr int64_t kPackedRows = 512 * kDepth<T>;
+/// Columns of the two factors that are packed at a time: whole panels, which the second-level cache
+/// holds.
+template <typename T>
+constexpr int64_t kVectorColumns = 1024 / static_cast<int64_t>(sizeof(Sum<T>));
+template <typename T>
+constexpr int64_t kScalarColumns = 16 * FASTRNN_TILE_ROWS;
+template <typename T>
+constexpr int64_t kOuterColumns = kVectorColumns<T> + kScalarColumns<T>;
 /// Rows in a part of the bias's gradient, all of whose terms may have one sign.
 constexpr int64_t kSumRows = 32;
 
-/// out[n][r] += sums[r][n] for n < width; out: [.., ld]. Never inlined: the compiler would take
-/// single elements from the accumulators, and for that keep these in memory all the time.
-template <typename T, int R, int64_t N>
-__attribute__((noinline)) void add_transposed(const T (&sums)[R][N], int64_t width, T* out,
-                                              int64_t ld) {
-  for (int64_t n = 0; n < width; ++n) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) out[n * ld + r] += sums[r][n];
-  }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Columns [begin, end) of a matrix.
+struct Columns {
+  int64_t begin, end;
+};
+
+/// Part number `part` of N columns: whole vectors, but for the last.
+template <typename T>
+Columns share(int64_t N, int64_t part, int64_t parts) {
+  const auto bound = [&](int64_t i) {
+    const int64_t column = (N + kLanes<T> - 1) / kLanes<T> * i / parts * kLanes<T>;
+    return column < N ? column : N;
+  };
+  return {bound(part), bound(part + 1)};
 }
 
-/// Rows of delta and of what they are multiplied with, each at one distance from the next. Where
-/// kDepth of them are multiplied at once, `rows` counts packed ones: kDepth rows side by side.
+/// Rows of the two factors of an outer product, each at one distance from the next: of one whole
+/// vectors are read, of the other single numbers. Where kDepth of them are multiplied at once,
+/// `rows` counts packed ones: kDepth rows side by side.
 template <typename T>
 struct Run {
   int64_t rows;
-  const T* delta;  // [rows, N]
-  const T* a;      // [rows, K]
-  int64_t delta_stride, a_stride;
+  Matrix<const T> vectors, scalars;
 };
 
-/// A vector of delta's columns, of `tail` in a last one that is not full. Packed ones are full.
+/// A block of the result, out[vector column * vector_stride + scalar column * scalar_stride], one
+/// of whose strides is 1.
+template <typename T>
+struct OuterBlock {
+  T* data;
+  int64_t vector_stride, scalar_stride;
+
+  FASTRNN_INLINE OuterBlock at(int64_t vector_column, int64_t scalar_column) const {
+    return {data + vector_column * vector_stride + scalar_column * scalar_stride, vector_stride,
+            scalar_stride};
+  }
+};
+
+/// out += sums, of the first `width` columns of the vectors, each number to its own row. Never
+/// inlined: the compiler would take single elements from the accumulators, and for that keep these
+/// in memory all the time.
+template <typename T, int R, int64_t N>
+__attribute__((noinline)) void add_transposed(const T (&sums)[R][N], int64_t width,
+                                              OuterBlock<T> out) {
+  for (int64_t n = 0; n < width; ++n) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) out.data[n * out.vector_stride + r] += sums[r][n];
+  }
+}
+
+/// out += acc, where vectors lie along out's rows. `tail`: columns of the last vector, if not full.
+template <typename T, int R, int V>
+FASTRNN_INLINE void add_vectors(const Vec<T> (&acc)[R][V], int64_t tail, OuterBlock<Sum<T>> out) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      Sum<T>* p = out.data + r * out.scalar_stride + v * kLanes<T>;
+      if (v == V - 1 && tail != 0)
+        store_tail<Sum<T>>(p, load_tail<Sum<T>>(p, tail) + acc[r][v], tail);
+      else
+        store<Sum<T>>(p, load<Sum<T>>(p) + acc[r][v]);
+    }
+  }
+}
+
+/// A vector of columns, of `tail` in a last one that is not full. Those of kDepth numbers are
+/// packed, and full.
 template <typename T>
 FASTRNN_INLINE Weights<T> load_columns(const T* p, int64_t tail) {
   if constexpr (kDepth<T> == 1) {
@@ -43,91 +98,104 @@ FASTRNN_INLINE Weights<T> load_columns(const T* p, int64_t tail) {
   return load_weights(p);
 }
 
-/// out[n][k] += sum_row delta[row][n] * a[row][k] for R columns k of `a`, from k_begin, and V
-/// vectors of n, from n_begin. out: [.., ld], at its element (n_begin, k_begin). The tile is kept
-/// transposed, so that the vectors run along n whatever the number of columns of `a`.
+/// out += vectors^T scalars over all rows, for V vectors from column v_begin, of whose last one
+/// `tail` are there if it is not full, and R scalars from column s_begin.
 template <typename T, int R, int V>
-void outer_tile(const Run<T>* runs, int64_t count, int64_t n_begin, int64_t tail, int64_t k_begin,
-                Sum<T>* out, int64_t ld) {
+void outer_tile(const Run<T>* runs, int64_t count, int64_t v_begin, int64_t tail, int64_t s_begin,
+                OuterBlock<Sum<T>> out) {
+  out = out.at(v_begin, s_begin);
+  const bool along_rows = out.vector_stride == 1;
+  if (along_rows) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        __builtin_prefetch(out.data + r * out.scalar_stride + v * kLanes<T>, 1);
+  }
   Vec<T> acc[R][V] = {};
   for (int64_t i = 0; i < count; ++i) {
     const Run<T>& run = runs[i];
-    const T* d = run.delta + n_begin * kDepth<T>;
-    const T* columns = run.a + k_begin * kDepth<T>;
+    const T* vectors = run.vectors.data + v_begin * kDepth<T>;
+    const T* scalars = run.scalars.data + s_begin * kDepth<T>;
     for (int64_t row = 0; row < run.rows; ++row) {
       Weights<T> b[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) b[v] = load_columns(d + v * kWeights<T>, v == V - 1 ? tail : 0);
+      for (int v = 0; v < V; ++v)
+        b[v] = load_columns(vectors + v * kWeights<T>, v == V - 1 ? tail : 0);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const auto terms = load_terms(columns + r * kDepth<T>);
+        const auto terms = load_terms(scalars + r * kDepth<T>);
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) add_terms<T>(acc[r][v], terms, b[v]);
       }
-      d += run.delta_stride;
-      columns += run.a_stride;
+      vectors += run.vectors.row_stride;
+      scalars += run.scalars.row_stride;
     }
   }
-  const int64_t width = tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>;
+  if (along_rows) return add_vectors<T, R, V>(acc, tail, out);
   Sum<T> sums[R][V * kLanes<T>];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store<Sum<T>>(sums[r] + v * kLanes<T>, acc[r][v]);
   }
-  add_transposed(sums, width, out, ld);
+  add_transposed(sums, tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>, out);
 }
 
-/// out: [.., ld], at its element (n, 0).
+/// V vectors, all scalars in [s, s_end).
 template <typename T, int V>
-void outer_columns(const Run<T>* runs, int64_t count, int64_t n, int64_t tail, int64_t k,
-                   int64_t k_end, Sum<T>* out, int64_t ld) {
-  for (; k + kOuterColumns <= k_end; k += kOuterColumns)
-    outer_tile<T, kOuterColumns, V>(runs, count, n, tail, k, out + k, ld);
-  for (; k + 4 <= k_end; k += 4) outer_tile<T, 4, V>(runs, count, n, tail, k, out + k, ld);
-  for (; k + 2 <= k_end; k += 2) outer_tile<T, 2, V>(runs, count, n, tail, k, out + k, ld);
-  if (k < k_end) outer_tile<T, 1, V>(runs, count, n, tail, k, out + k, ld);
+void outer_scalars(const Run<T>* runs, int64_t count, int64_t v, int64_t tail, int64_t s,
+                   int64_t s_end, OuterBlock<Sum<T>> out) {
+  constexpr int kTile = FASTRNN_TILE_ROWS;
+  for (; s + kTile <= s_end; s += kTile) outer_tile<T, kTile, V>(runs, count, v, tail, s, out);
+  for (; s + 4 <= s_end; s += 4) outer_tile<T, 4, V>(runs, count, v, tail, s, out);
+  for (; s + 2 <= s_end; s += 2) outer_tile<T, 2, V>(runs, count, v, tail, s, out);
+  if (s < s_end) outer_tile<T, 1, V>(runs, count, v, tail, s, out);
 }
 
-/// out[n][k] += sum_row delta[row][n] * a[row][k] for n < N and k in [k_begin, k_end); out [N, ld].
+/// out += vectors^T scalars over all rows, for the vectors' columns [v, v_end) and the scalars'
+/// columns [s, s_end).
 template <typename T>
-void outer_product(const Run<T>* runs, int64_t count, int64_t N, int64_t k_begin, int64_t k_end,
-                   Sum<T>* out, int64_t ld) {
-  for (int64_t n = 0; n < N; n += kPanel<T>) {
-    const int64_t width = N - n < kPanel<T> ? N - n : kPanel<T>;
+void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, int64_t s,
+                   int64_t s_end, OuterBlock<Sum<T>> out) {
+  for (; v < v_end; v += kPanel<T>) {
+    const int64_t width = v_end - v < kPanel<T> ? v_end - v : kPanel<T>;
     const int64_t tail = width % kLanes<T>;
-    Sum<T>* rows = out + n * ld;
     switch ((width + kLanes<T> - 1) / kLanes<T>) {
       case 1:
-        outer_columns<T, 1>(runs, count, n, tail, k_begin, k_end, rows, ld);
+        outer_scalars<T, 1>(runs, count, v, tail, s, s_end, out);
         break;
 #if FASTRNN_TILE_VECTORS > 2
       case 2:
-        outer_columns<T, 2>(runs, count, n, tail, k_begin, k_end, rows, ld);
+        outer_scalars<T, 2>(runs, count, v, tail, s, s_end, out);
         break;
       case 3:
-        outer_columns<T, 3>(runs, count, n, tail, k_begin, k_end, rows, ld);
+        outer_scalars<T, 3>(runs, count, v, tail, s, s_end, out);
         break;
 #endif
       default:
-        outer_columns<T, FASTRNN_TILE_VECTORS>(runs, count, n, tail, k_begin, k_end, rows, ld);
+        outer_scalars<T, FASTRNN_TILE_VECTORS>(runs, count, v, tail, s, s_end, out);
     }
   }
 }
 
-/// out[n][k] += sum_row delta[row][n] * a[row][k] for n < N and k in [k_begin, k_end); out [N, ld].
-/// Rows are collected until there are enough for a tile.
+/// out[n][k] += sum_row delta[row][n] * a[row][k] for a block of n and k; out [.., K]. Rows are
+/// collected until there are enough for a tile.
 template <typename T>
 class OuterProduct {
  public:
-  OuterProduct(int64_t N, int64_t k_begin, int64_t k_end, Sum<T>* out, int64_t ld)
-      : N_(N), k_begin_(k_begin), k_end_(k_end), out_(out), ld_(ld) {}
+  /// workspace: [packed_rows, kOuterColumns] for packed factors, or null.
+  OuterProduct(Columns n, Columns k, Sum<T>* out, int64_t K, T* workspace, int64_t packed_rows)
+      : along_k_(k.end - k.begin >= kLanes<T>),
+        vectors_(along_k_ ? k : n),
+        scalars_(along_k_ ? n : k),
+        out_{out, along_k_ ? 1 : K, along_k_ ? K : 1},
+        workspace_(workspace),
+        room_(workspace ? packed_rows : kOuterRows<T>) {}
 
   FASTRNN_INLINE void add(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
     while (rows > 0) {
-      const int64_t room = kOuterRows<T> - rows_, count = rows < room ? rows : room;
-      append(count, delta, a);
-      if (rows_ == kOuterRows<T>) finish();
+      const int64_t room = room_ - rows_, count = rows < room ? rows : room;
+      append({count, along_k_ ? a : delta, along_k_ ? delta : a});
+      if (rows_ == room_ || count_ == kOuterRows<T>) finish();
       delta = from_row(delta, count);
       a = from_row(a, count);
       rows -= count;
@@ -137,21 +205,21 @@ class OuterProduct {
   /// Multiplies what has been collected.
   __attribute__((noinline)) void finish() {
     if (count_ == 0) return;
-    if constexpr (kDepth<T> == 1)
-      outer_product<T>(runs_, count_, N_, k_begin_, k_end_, out_, ld_);
-    else
+    if (workspace_ != nullptr)
       multiply_packed();
+    else if constexpr (kDepth<T> == 1)
+      outer_product<T>(runs_, count_, vectors_.begin, vectors_.end, scalars_.begin, scalars_.end,
+                       out_);
     count_ = rows_ = 0;
   }
 
  private:
   /// Rows that follow the last ones, or come just before them, lengthen their run.
-  FASTRNN_INLINE void append(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
-    const Run<T> run = {rows, delta.data, a.data, delta.row_stride, a.row_stride};
-    rows_ += round_up_to_depth<T>(rows);
+  FASTRNN_INLINE void append(const Run<T>& run) {
+    rows_ += round_up_to_depth<T>(run.rows);
     if (count_ > 0) {
       Run<T>& last = runs_[count_ - 1];
-      const int64_t together = last.rows + rows;
+      const int64_t together = last.rows + run.rows;
       const bool before = is_followed(run, last);
       if (before || is_followed(last, run)) {
         if (before) last = run;
@@ -163,58 +231,73 @@ class OuterProduct {
   }
 
   static bool is_followed(const Run<T>& run, const Run<T>& next) {
-    return next.delta == run.delta + run.rows * run.delta_stride &&
-           next.a == run.a + run.rows * run.a_stride && next.a_stride == run.a_stride;
+    const auto follows = [&](const Matrix<const T>& a, const Matrix<const T>& b) {
+      return b.data == a.data + run.rows * a.row_stride && b.row_stride == a.row_stride;
+    };
+    return follows(run.vectors, next.vectors) && follows(run.scalars, next.scalars);
   }
 
-  /// By blocks of columns, of which kDepth rows at a time are laid side by side first.
+  /// By blocks of columns, which are copied next to each other first (kDepth rows side by side):
+  /// long rows some kilobytes apart would drive each other out of the first-level cache.
   void multiply_packed() {
-    constexpr int64_t kColumns = 2 * kPanel<T>, kStride = kColumns * kDepth<T>;
-    constexpr int64_t kStep = kLanes<T> * kOuterColumns;  // whole vectors, and whole tiles
-    T delta[kOuterRows<T> * kColumns], a[kOuterRows<T> * kStep];
-    for (int64_t n = 0; n < N_; n += kColumns) {
-      const int64_t width = N_ - n < kColumns ? N_ - n : kColumns;
-      int64_t rows = 0;
-      for (int64_t i = 0; i < count_; ++i)
-        rows += pack_run(runs_[i].delta + n, runs_[i].delta_stride, runs_[i].rows, width,
-                         delta + rows * kStride, kColumns);
-      for (int64_t k = k_begin_; k < k_end_; k += kStep) {
-        const int64_t columns = k_end_ - k < kStep ? k_end_ - k : kStep;
-        rows = 0;
-        for (int64_t i = 0; i < count_; ++i)
-          rows += pack_run(runs_[i].a + k, runs_[i].a_stride, runs_[i].rows, columns,
-                           a + rows * kStep * kDepth<T>, kStep);
-        const Run<T> packed = {rows, delta, a, kStride, kStep * kDepth<T>};
-        outer_product<T>(&packed, 1, width, 0, columns, out_ + n * ld_ + k, ld_);
+    constexpr int64_t kRows = kOuterRows<T> / kDepth<T>;
+    T* const panels = workspace_;
+    T* const scalars = workspace_ + room_ * kVectorColumns<T>;
+    for (int64_t v = vectors_.begin; v < vectors_.end; v += kVectorColumns<T>) {
+      const int64_t v_end = smaller(v + kVectorColumns<T>, vectors_.end);
+      for (int64_t n = v; n < v_end; n += kPanel<T>)
+        pack_columns(&Run<T>::vectors, {n, smaller(n + kPanel<T>, v_end)}, kPanel<T>,
+                     panels + (n - v) * room_);
+      for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
+        const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
+        const int64_t rows = pack_columns(&Run<T>::scalars, {s, s_end}, kScalarColumns<T>, scalars);
+        for (int64_t n = v; n < v_end; n += kPanel<T>) {
+          const Matrix<const T> panel = {panels + (n - v) * room_, kPanel<T> * kDepth<T>};
+          const Matrix<const T> block = {scalars, kScalarColumns<T> * kDepth<T>};
+          for (int64_t row = 0; row < rows; row += kRows) {
+            const Run<T> part = {smaller(kRows, rows - row), from_row(panel, row),
+                                 from_row(block, row)};
+            outer_product<T>(&part, 1, 0, smaller(kPanel<T>, v_end - n), 0, s_end - s,
+                             out_.at(n, s));
+          }
+        }
       }
     }
   }
 
-  /// Returns the number of packed rows. A missing one is zero.
-  static int64_t pack_run(const T* source, int64_t stride, int64_t rows, int64_t width, T* out,
-                          int64_t padded) {
-    const int64_t packed = round_up_to_depth<T>(rows) / kDepth<T>;
-    if (rows % kDepth<T> != 0) {
-      for (int64_t i = 0; i < width * kDepth<T>; ++i)
-        out[(packed - 1) * padded * kDepth<T> + i] = T{};
+  /// Packs columns of a factor into rows of `padded` columns; returns the number of packed rows. A
+  /// missing one is zero.
+  int64_t pack_columns(Matrix<const T> Run<T>::* factor, Columns columns, int64_t padded, T* out) {
+    const int64_t width = columns.end - columns.begin, stride = padded * kDepth<T>;
+    int64_t packed = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const Matrix<const T> rows = runs_[i].*factor;
+      const int64_t first = packed;
+      packed += round_up_to_depth<T>(runs_[i].rows) / kDepth<T>;
+      if (runs_[i].rows % kDepth<T> != 0)
+        for (int64_t j = 0; j < width * kDepth<T>; ++j) out[(packed - 1) * stride + j] = T{};
+      pack_rows<T>(rows.data + columns.begin, rows.row_stride, runs_[i].rows, width, padded,
+                   out + first * stride);
     }
-    pack_rows<T>(source, stride, rows, width, padded, out);
     return packed;
   }
 
-  const int64_t N_, k_begin_, k_end_;
-  Sum<T>* const out_;
-  const int64_t ld_;
+  const bool along_k_;  // the vectors' columns are those of `a`, else of delta
+  const Columns vectors_, scalars_;
+  const OuterBlock<Sum<T>> out_;  // from its first element
+  T* const workspace_;
+  const int64_t room_;
   Run<T> runs_[kOuterRows<T>];
   int64_t count_ = 0, rows_ = 0;
 };
 
-/// sum[n] += sum_row delta[row][n], by parts of kSumRows rows. The parts are added with what each
-/// addition loses carried to the next (Kahan), since there may be thousands of them.
+/// sum[n] += sum_row delta[row][n] for the columns n, by parts of kSumRows rows. The parts are
+/// added with what each addition loses carried to the next (Kahan), since there may be thousands of
+/// them.
 template <typename T>
-void sum_rows(int64_t rows, Matrix<const T> delta, int64_t N, Sum<T>* sum) {
-  for (int64_t n = 0; n < N; n += kLanes<T>) {
-    const int64_t tail = N - n < kLanes<T> ? N - n : 0;
+void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum) {
+  for (int64_t n = columns.begin; n < columns.end; n += kLanes<T>) {
+    const int64_t tail = columns.end - n < kLanes<T> ? columns.end - n : 0;
     Vec<T> total = tail != 0 ? load_tail<Sum<T>>(sum + n, tail) : load<Sum<T>>(sum + n), lost = {};
     for (int64_t begin = 0; begin < rows; begin += kSumRows) {
       const int64_t end = rows - begin < kSumRows ? rows : begin + kSumRows;
@@ -236,16 +319,21 @@ void sum_rows(int64_t rows, Matrix<const T> delta, int64_t N, Sum<T>* sum) {
 
 template <typename T>
 void weight_gradients(const WeightGradientArgs<T>& a) {
-  const auto share = [&](int64_t columns, int64_t part) { return columns * part / a.parts; };
-  const auto product = [&](Sum<T>* out, int64_t columns) {
-    return OuterProduct<T>(a.H, share(columns, a.part), share(columns, a.part + 1), out, columns);
+  const auto product = [&](Sum<T>* out, int64_t K) {
+    // Parts of the columns are whole panels, as far as there are so many.
+    int64_t across = K / kPanel<T> < a.parts ? K / kPanel<T> : a.parts;
+    if (across < 1) across = 1;
+    while (a.parts % across != 0) --across;
+    return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
+                           share<T>(K, a.part % across, across), out, K, a.workspace,
+                           a.packed_rows);
   };
   const Steps& steps = a.steps;
   const int64_t* first_row = a.delta.first_row;
   const int64_t rows = first_row ? first_row[steps.end] - first_row[steps.begin]
                                  : (steps.end - steps.begin) * steps.batch;
-  if (a.grad_b != nullptr && a.part == 0)
-    sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), a.H, a.grad_b);
+  if (a.grad_b != nullptr)
+    sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), share<T>(a.H, a.part, a.parts), a.grad_b);
 
   OuterProduct<T> of_input = product(a.grad_w_ih, a.I), of_state = product(a.grad_w_hh, a.H);
   const int64_t first = steps.descending ? steps.end - 1 : steps.begin;
