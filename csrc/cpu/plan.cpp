@@ -120,7 +120,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool small = s.H <= kOuterHidden && s.I <= kOuterInput;
   // Large ones take memory to pack into, much beside a chunk of one or two sequences; and so would
   // sums in float32 beside weights of 16 bits.
-  plan.own_gradients = small || (plan.own_products && s.B > kBatchToPack && s.element_size > 2);
+  plan.own_gradients =
+      small || s.is_part || (plan.own_products && s.B > kBatchToPack && s.element_size > 2);
   plan.packs_gradients = plan.own_gradients && (!small || s.element_size == 2);
 
   const int64_t together = s.converts ? 1 : s.directions;

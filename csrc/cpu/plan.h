@@ -13,6 +13,7 @@ struct LayerShape {
   int64_t total_rows;    // T * B, or the length of packed data
   int64_t state_rows;    // those of them with a previous state: all with hx, else all but B
   bool packed;           // sequences of unequal length
+  bool is_part;          // of the batch, one of `batch_parts`
   int64_t element_size;  // of the kernels' tensors: 2 (bfloat16), 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
   bool fast_products;    // ATen's products of 16-bit tensors outrun the kernels

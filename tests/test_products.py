@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products over many rows by the kernels: of the input, and in backward of what they pack."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_nn_rnn
+from test_batch_parts import plans_of
+from test_teams import threads
+
+import fastrnn
+from fastrnn import _C, testing
+from fastrnn.testing import Case
+
+pytestmark = pytest.mark.skipif(
+    _C.cpu_capability() == "default", reason="the kernels for any processor leave them to ATen"
+)
+
+# Fewer features than a vector, and more columns than are packed at a time; rows in one pass, in
+# several and with a rest; sizes with tails; input and gradients whose rows are not adjacent.
+CASES = [
+    Case(90, 7, 520, 213, hx=True, nonlinearity="relu"),
+    Case(40, 31, 3, 260, bias=False),
+    Case(25, 44, 330, 100, batch_first=True),
+    Case(33, 30, 19, 200, num_layers=2, bidirectional=True, batch_first=True, hx=True),
+    Case(300, 3, 1, 129, num_layers=3),
+    Case(0, 0, 70, 250, lengths=tuple(range(5, 65, 3)), hx=True),
+    Case(0, 0, 400, 140, lengths=(300, *[7] * 40), bidirectional=True),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_and_gradients_of_packed_factors_are_right(case, dtype, count):
+    with threads(count):
+        assert all(
+            plan["own_products"] and plan["packs_gradients"] for plan in plans_of(case, dtype)
+        )
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+# The first is not fused into the step: its input has a product of its own.
+@pytest.mark.parametrize("case", [Case(150, 2, 200, 64), Case(20, 40, 700, 400)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_inputs_product_is_right(case, dtype):
+    (plan,) = plans_of(case, torch.float32)
+    assert plan["own_products"] and not plan["fuse_input"] and not plan["own_input_product"]
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+def test_few_rows_and_sixteen_bits_are_left_to_aten():
+    assert not _C.cpu_plan(50, 5, 300, 300, 1, torch.float32)["own_products"]
+    assert not _C.cpu_plan(500, 2, 300, 300, 1, torch.float32)["own_gradients"]
+    assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.float16)["own_products"]
+    assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.bfloat16)["own_gradients"]
