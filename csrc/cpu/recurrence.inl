@@ -108,7 +108,8 @@ void backward_loop(const BackwardArgs<T>& a) {
 template <typename T>
 int64_t rows_in_block(int64_t K) {
   constexpr int64_t kBytes = 1 << 18, kLeast = 4;
-  const int64_t tiles = kBytes / (FASTRNN_TILE_ROWS * K * static_cast<int64_t>(sizeof(T)));
+  const int64_t row_bytes = (K + 1) * static_cast<int64_t>(sizeof(T));  // of no features too
+  const int64_t tiles = kBytes / (FASTRNN_TILE_ROWS * row_bytes);
   return FASTRNN_TILE_ROWS * (tiles < kLeast ? kLeast : tiles);
 }
 
@@ -118,7 +119,7 @@ void product(const ProductArgs<T>& a) {
   s.rows = a.rows;
   s.N = a.N;
   s.out = a.out;
-  if (a.panels != nullptr) {
+  if (a.w.data == nullptr) {
     s.K = a.K;
     s.s_panels = a.panels;
     const int64_t panels = (a.N + kPanel<T> - 1) / kPanel<T>, block = rows_in_block<T>(a.K);

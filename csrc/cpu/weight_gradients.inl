@@ -4,14 +4,15 @@
 
 namespace {
 
-/// Rows that are multiplied before the next tile, and sums are sums of such parts: packed ones
-/// more, since each time all of the result is read and written.
+/// Rows that are multiplied before the next tile. Sums are sums of such parts.
 template <typename T>
 constexpr int64_t kOuterRows = 128 * kDepth<T>;
+/// Rows that are packed at a time, at most: more, since for each time all of a large result is read
+/// and written.
 template <typename T>
 constexpr int64_t kPackedRows = 512 * kDepth<T>;
-/// Columns of the two factors that are packed at a time: whole panels, which the second-level cache
-/// holds.
+/// Columns of the two factors that are packed at a time, as much as the second-level cache holds:
+/// whole panels, and whole tiles.
 template <typename T>
 constexpr int64_t kVectorColumns = 1024 / static_cast<int64_t>(sizeof(Sum<T>));
 template <typename T>
@@ -157,7 +158,7 @@ template <typename T>
 void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, int64_t s,
                    int64_t s_end, OuterBlock<Sum<T>> out) {
   for (; v < v_end; v += kPanel<T>) {
-    const int64_t width = v_end - v < kPanel<T> ? v_end - v : kPanel<T>;
+    const int64_t width = smaller(kPanel<T>, v_end - v);
     const int64_t tail = width % kLanes<T>;
     switch ((width + kLanes<T> - 1) / kLanes<T>) {
       case 1:
