@@ -3,7 +3,7 @@
 
 import torch
 
-from fastrnn import testing
+from fastrnn import _C, testing
 
 
 def exact_run(case, dtype):
@@ -28,3 +28,10 @@ def mean_sizes(case):
         return case.T, case.B
     T = max(case.lengths)
     return T, -(-sum(case.lengths) // T)
+
+
+def layer_plans(case, dtype, T, B):
+    """The plan of each layer, for T steps of B rows."""
+    D = 1 + case.bidirectional
+    features = [case.I] + [case.H * D] * (case.num_layers - 1)
+    return [_C.cpu_plan(T, B, I, case.H, D, dtype, case.hx) for I in features]

@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn
+from accuracy import assert_as_accurate_as_nn_rnn, layer_plans
 from test_teams import threads
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
-from fastrnn import _C, testing
+from fastrnn import testing
 from fastrnn.testing import Case
 
 # One chunk and several, panels and gradients with tails, parts of unequal size, one feature and
@@ -31,12 +31,10 @@ CASES = [
 
 def plans_of(case, dtype):
     """Each layer's, packed sequences by their mean length."""
-    D = 1 + case.bidirectional
-    features = [case.I] + [case.H * D] * (case.num_layers - 1)
     T, B = case.T, case.B
     if case.lengths:
         T, B = sum(case.lengths) // len(case.lengths), len(case.lengths)
-    return [_C.cpu_plan(T, B, I, case.H, D, dtype, case.hx) for I in features]
+    return layer_plans(case, dtype, T, B)
 
 
 def parts_of(case, dtype):

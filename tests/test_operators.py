@@ -5,11 +5,11 @@ from functools import lru_cache
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn, exact_run, mean_sizes
+from accuracy import assert_as_accurate_as_nn_rnn, exact_run, layer_plans, mean_sizes
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import _C, reference, testing
+from fastrnn import reference, testing
 
 GRID = testing.grid()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -146,9 +146,7 @@ def two_threads():
 def plans(case, dtype):
     """(steps, plan) of each layer."""
     T, rows = mean_sizes(case)
-    D = 1 + case.bidirectional
-    for I in [case.I] + [case.H * D] * (case.num_layers - 1):
-        yield T, _C.cpu_plan(T, rows, I, case.H, D, dtype)
+    return [(T, plan) for plan in layer_plans(case, dtype, T, rows)]
 
 
 PADDED = [case for case in GRID if not case.lengths]

@@ -33,8 +33,7 @@ struct Columns {
 template <typename T>
 Columns share(int64_t N, int64_t part, int64_t parts) {
   const auto bound = [&](int64_t i) {
-    const int64_t column = (N + kLanes<T> - 1) / kLanes<T> * i / parts * kLanes<T>;
-    return column < N ? column : N;
+    return smaller((N + kLanes<T> - 1) / kLanes<T> * i / parts * kLanes<T>, N);
   };
   return {bound(part), bound(part + 1)};
 }
@@ -194,7 +193,7 @@ class OuterProduct {
 
   FASTRNN_INLINE void add(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
     while (rows > 0) {
-      const int64_t room = room_ - rows_, count = rows < room ? rows : room;
+      const int64_t room = room_ - rows_, count = smaller(rows, room);
       append({count, along_k_ ? a : delta, along_k_ ? delta : a});
       if (rows_ == room_ || count_ == kOuterRows<T>) finish();
       delta = from_row(delta, count);
@@ -301,7 +300,7 @@ void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum)
     const int64_t tail = columns.end - n < kLanes<T> ? columns.end - n : 0;
     Vec<T> total = tail != 0 ? load_tail<Sum<T>>(sum + n, tail) : load<Sum<T>>(sum + n), lost = {};
     for (int64_t begin = 0; begin < rows; begin += kSumRows) {
-      const int64_t end = rows - begin < kSumRows ? rows : begin + kSumRows;
+      const int64_t end = smaller(begin + kSumRows, rows);
       Vec<T> part = {};
       for (int64_t row = begin; row < end; ++row) {
         const T* d = delta.data + row * delta.row_stride + n;
@@ -322,7 +321,7 @@ template <typename T>
 void weight_gradients(const WeightGradientArgs<T>& a) {
   const auto product = [&](Sum<T>* out, int64_t K) {
     // Parts of the columns are whole panels, as far as there are so many.
-    int64_t across = K / kPanel<T> < a.parts ? K / kPanel<T> : a.parts;
+    int64_t across = smaller(K / kPanel<T>, a.parts);
     if (across < 1) across = 1;
     while (a.parts % across != 0) --across;
     return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
