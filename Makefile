@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo | test | lint | bench | peers | scaling | limits | plots | clean. Each target sets up
+# make demo | test | lint | bench | peers | scaling | busy | limits | plots | clean. Each target sets up
 # what it needs in .venv, once.
 # make gpu builds with CUDA, tests and measures on a GPU, with the torch and pytest of PYTHON.
 PYTHON ?= python3
@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: demo test lint bench peers scaling limits plots gpu clean
+.PHONY: demo test lint bench peers scaling busy limits plots gpu clean
 
 $(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
@@ -52,6 +52,9 @@ peers: $(VENV)/built $(VENV)/peers
 
 scaling: $(VENV)/built $(VENV)/peers
 	$(RUN) benchmarks/scaling.py
+
+busy: $(VENV)/built $(VENV)/dev
+	$(RUN) benchmarks/busy.py
 
 limits: $(VENV)/built $(VENV)/dev
 	$(RUN) benchmarks/limits.py

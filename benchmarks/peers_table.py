@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import busy_table
 import limits_table
 import table
 from floor import floor
@@ -41,15 +42,16 @@ def label(peer: str) -> str:
 
 
 def render(report: dict[str, Any]) -> str:
-    """A caption, for each mode a table, what was not run, and the machine's limits if known."""
-    limits = table.newest("limits", like=report)
+    """A caption, for each mode a table, what was not run; busy cores and limits, if known."""
+    limits, busy = (table.newest(study, like=report) for study in ("limits", "busy"))
     parts = [caption(report) + (f" {FLOOR}" if limits else "")]
     modes = dict.fromkeys(mode for case in report["cases"] for mode in case["modes"])
     for mode in modes:
         cases = [case for case in report["cases"] if mode in case["modes"]]
         parts += [f"### {mode.capitalize()}", summary(cases, mode)]
         parts += [of_floor(cases, mode, limits) if limits else "", of_mode(cases, mode, limits)]
-    parts += [not_run(report), limits_table.render(limits) if limits else ""]
+    parts += [not_run(report), busy_table.render(busy) if busy else ""]
+    parts += [limits_table.render(limits) if limits else ""]
     return "\n\n".join(filter(None, parts))
 
 

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     report = describe(args)
     path = args.output or default_path(report, args)
+    timing.keep_freed_memory()
     for number, case in enumerate(cases, 1):
         entry = measure(case, QUICK_SECONDS if args.quick else SECONDS, not args.no_memory)
         report["cases"].append(entry)

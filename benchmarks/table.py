@@ -87,8 +87,8 @@ def newest(study: str | None = None, like: dict[str, Any] | None = None) -> dict
     Parameters
     ----------
     study : str, optional
-        ``"peers"``, ``"scaling"`` or ``"limits"``: results of compare.py, scaling.py or limits.py,
-        in place of run.py's.
+        ``"peers"``, ``"scaling"``, ``"busy"`` or ``"limits"``: results of compare.py, scaling.py,
+        busy.py or limits.py, in place of run.py's.
     like : dict, optional
         A report: of the same processor and numbers of cores and threads alone.
     """

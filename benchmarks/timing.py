@@ -80,6 +80,15 @@ def calls_of_round(step: Callable[[], None]) -> int:
     return calls
 
 
+def keep_freed_memory() -> None:
+    """Bring this process into the state of one that has freed a large tensor.
+
+    glibc raises its limits for giving memory back with the largest block that was freed, up to
+    32 MB. Before, calls spend time on page faults, by luck of what ran before.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Keep the garbage collector from running inside, and collect what there is before."""

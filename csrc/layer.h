@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "parallel.h"
 #include "rnn.h"
 
 namespace fastrnn {
@@ -136,13 +137,17 @@ inline Tensor readable(const Tensor& t, at::ScalarType type) {
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
 
-/// destination = source, both contiguous and of one type. Small tensors do not pay for at::copy_.
+/// destination = source, both contiguous and of one type.
 inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
-  constexpr size_t kSmall = 1 << 14;  // bytes; above, at::copy_ uses all threads
-  if (source.is_cpu() && source.nbytes() <= kSmall)
-    std::memcpy(destination.mutable_data_ptr(), source.const_data_ptr(), source.nbytes());
-  else
+  if (!source.is_cpu()) {
     destination.copy_(source);
+    return;
+  }
+  constexpr int64_t kBytesPerThread = 1 << 17;
+  const char* from = static_cast<const char*>(source.const_data_ptr());
+  char* to = static_cast<char*>(destination.mutable_data_ptr());
+  share(static_cast<int64_t>(source.nbytes()), kBytesPerThread,
+        [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
 }
 
 }  // namespace fastrnn

@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A folder of scripts: each finds the others because Python puts a script's folder first.
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import busy  # noqa: E402
+import busy_table  # noqa: E402
 import compare  # noqa: E402
 import peers_table  # noqa: E402
 import plots  # noqa: E402
@@ -40,7 +42,7 @@ class FakeWorker:
             case, mode, _ = arguments
             reason = PEERS[self.name].unsupported(case, mode)
             return {"not_run": reason} if reason else {"calls": 4}
-        if method == "burst":
+        if method in ("burst", "mean"):
             self.log.append((self.name, self.threads))
             return {"seconds": self.times.get(self.name, 4e-6) / self.threads}
         return None
@@ -53,6 +55,7 @@ class FakeWorker:
 def fake(monkeypatch):
     """compare.py with workers that measure nothing, and every peer as if installed."""
     monkeypatch.setattr(compare, "Worker", FakeWorker)
+    monkeypatch.setattr(busy, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "log", [])
     for peer in PEERS.values():
         monkeypatch.setattr(type(peer), "missing", lambda self: None)
@@ -224,6 +227,47 @@ def test_the_study_of_scaling_is_read_as_series(fake, tmp_path):
     assert report["study"] == "scaling" and report["complete"] is True
     for varied, values in scaling.VALUES.items():
         assert [value for value, _ in scaling.series(report, varied)] == values
+
+
+def test_the_study_of_busy_cores_takes_turns_beside_each_number_of_processes(fake, tmp_path):
+    path = tmp_path / "busy.json"
+    assert busy.main(["--threads", "2", "--output", str(path)]) == 0
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["study"] == "busy" and report["complete"] is True
+    assert report["threads"] == [1, 2] and report["busy"] == [0, 1, 2]
+    assert len(report["cases"]) == len(busy.CASES)
+    mode = report["cases"][0]["modes"]["training"]
+    found = {(r["busy"], r["peer"], r["threads"]): r["us"] for r in mode}
+    assert len(found) == len(mode) == 3 * 2 * 2
+    assert found[1, "nn_rnn", 2] == 4 and found[2, "fastrnn", 1] == 2
+    assert len(fake.log) == len(busy.CASES) * len(MODES) * 3 * busy.TURNS * 4
+    lines = [line for line in busy_table.render(report).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(busy.CASES) * len(MODES)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 8 µs, 8 µs, 8 µs | 4 µs, 4 µs, 4 µs |" in lines[2]
+
+
+def test_busy_processes_are_busy_and_then_gone():
+    with busy.busy_processes(2) as processes:
+        assert all(process.poll() is None for process in processes)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_times_on_busy_cores_are_published_beside_those_of_peers(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    _, report = study(tmp_path, "--threads", "1,2")
+    assert "### On busy cores" not in peers_table.render(report)
+    assert busy.main(["--threads", "2", "--output", str(tmp_path / "busy.json")]) == 0
+    assert "### On busy cores" in peers_table.render(report)
+    assert busy.main(["--quick", "--threads", "2", "--output", str(tmp_path / "busy.json")]) == 0
+    assert "### On busy cores" not in peers_table.render(report)
+
+
+def test_wrong_results_are_not_timed_on_busy_cores(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake, "ask", lambda self, *_: {"wrong": "output: error"})
+    with pytest.raises(ValueError, match="medium-64, inference"):
+        busy.main(["--quick", "--output", str(tmp_path / "busy.json")])
+    assert not (tmp_path / "busy.json").exists()
 
 
 def test_figures_are_the_same_bytes_again(fake, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ class Runner:
         self._loaded: Loaded | None = None
         self._calls = 1
         torch.set_num_threads(threads)
+        timing.keep_freed_memory()
 
     def reference(self, case: BenchmarkCase, path: Path) -> None:
         """Compute torch.nn.RNN's results and write them to `path`."""
@@ -88,6 +89,16 @@ class Runner:
             seconds = timing.round_of(self._loaded.step, self._calls)
         rest()
         return {"seconds": seconds}
+
+    def mean(self, seconds: float) -> dict[str, float]:
+        """``seconds`` of a call, the mean of as many as take so long, one at least."""
+        assert self._loaded is not None
+        calls, start = 0, perf_counter()
+        with torch.inference_mode(self._mode == "inference"):
+            while calls == 0 or perf_counter() < start + seconds:
+                self._loaded.step()
+                calls += 1
+        return {"seconds": (perf_counter() - start) / calls}
 
 
 def rest() -> None:

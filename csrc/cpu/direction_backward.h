@@ -286,10 +286,7 @@ class DirectionBackward {
         kernels<T>().weight_gradients(part);
       }
     };
-    if (a.parts == 1)
-      run(0, 1);
-    else
-      at::parallel_for(0, a.parts, 1, run);
+    share(a.parts, 1, run);
   }
 
   /// grad_x = [grad_x +] delta W_ih by our kernel, for small sizes.

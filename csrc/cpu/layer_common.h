@@ -4,8 +4,6 @@
 // them, packed weights, and the split of the batch over threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -61,24 +59,6 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.directions = layer.directions();
   set_type(s, layer.input.scalar_type());
   return s;
-}
-
-inline int64_t available_threads() {
-#ifdef INTRA_OP_PARALLEL
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-#else
-  return 1;  // without OpenMP at::parallel_for has the calling thread only
-#endif
-}
-
-/// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
-/// of the caller's, and without this operators on its tensors would go through autograd's checks.
-template <typename Run>
-void run_with_operators(int64_t count, const Run& run) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (int64_t i = begin; i < end; ++i) run(i);
-  });
 }
 
 /// The recurrence's view of steps [begin, end).
@@ -142,7 +122,7 @@ class Panels {
     T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
     // Slices of columns hold whole panels. Threads share a large weight's; a 16-bit weight is
     // converted one at a time.
-    constexpr int64_t kSlice = 256, kLarge = 1 << 18;  // columns; elements, some 100 us
+    constexpr int64_t kSlice = 128, kLarge = 1 << 16;  // columns; elements, some 20 us
     const bool converts = weight.scalar_type() != type;
     const auto pack = [&](int64_t begin, int64_t end) {
       const int64_t n = begin * kSlice, count = std::min(end * kSlice, N) - n;
@@ -154,10 +134,10 @@ class Panels {
     const int64_t slices = (N + kSlice - 1) / kSlice;
     if (converts)
       for (int64_t i = 0; i < slices; ++i) pack(i, i + 1);
-    else if (K * N < kLarge || available_threads() == 1)
+    else if (K * N < kLarge)
       pack(0, slices);
     else
-      at::parallel_for(0, slices, 1, pack);
+      share(slices, 1, pack);
   }
 
   /// Null if there are none.
@@ -192,8 +172,8 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
     part.out.data += begin * a.out.row_stride;
     kernels<T>().product(part);
   };
-  if (parallel && available_threads() > 1)
-    at::parallel_for(0, a.rows, kRowsPerThread, run);
+  if (parallel)
+    share(a.rows, kRowsPerThread, run);
   else
     run(0, a.rows);
 }
@@ -258,16 +238,17 @@ void run_parts(const Layout& layout, const Plan& plan, const std::vector<Args>& 
   const int64_t team = plan.column_blocks, places = static_cast<int64_t>(walks.size()) * team;
   std::vector<Slab> slabs(team > 1 ? places : 0);
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+    const bool alone = end - begin == places;  // one thread is no team
+    for (int64_t i = begin; i < end; i += alone ? team : 1) {
       Args walk = walks[i / team];
-      if (team > 1) walk.team = {slabs.data() + i / team * team, team, i % team};
+      if (!alone && team > 1) walk.team = {slabs.data() + i / team * team, team, i % team};
       kernel(walk);
     }
   };
-  if (places == 1 || available_threads() == 1 || !plan.parallel)
-    run(0, places);
+  if (plan.parallel)
+    share(places, 1, run);
   else
-    at::parallel_for(0, places, 1, run);
+    run(0, places);
 }
 
 }  // namespace fastrnn::cpu

@@ -94,7 +94,7 @@ void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, 
     kernels<T>().product(part);
   };
   if (plan.parallel)
-    at::parallel_for(0, vectors, 1, run);
+    share(vectors, 1, run);
   else
     run(0, vectors);
 }

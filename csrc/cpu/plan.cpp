@@ -25,12 +25,15 @@ constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
 // Up to these sizes our outer product need not pack; above, its rows alias in the first-level
 // cache.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
+// Each thread packs into some 176 KiB: four times that of delta for each.
+constexpr int64_t kDeltaPerThread = 704 << 10;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
 // layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
-// Rows that a large packed weight has to serve before it is cheaper than ATen's products, and the
-// hidden size from which 16-bit matrix instructions in that product outweigh all else.
-constexpr int64_t kRowsToPackLarge = 256, kHiddenFor16Bit = 400;
+// Rows that a large packed weight has to serve before it is cheaper than ATen's products: in all
+// steps, each with its own product, and in one product. The hidden size from which 16-bit matrix
+// instructions in that product outweigh all else.
+constexpr int64_t kRowsToPackLarge = 256, kRowsToPackOnce = 64, kHiddenFor16Bit = 400;
 // ATen's product packs both matrices. For few rows of many features that costs more than the
 // product itself, and reading weights as they are is faster.
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
@@ -116,12 +119,16 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool reads_as_is = plan.backward_step_products && few_in_step;
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
-      !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackLarge;
+      !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
   const bool small = s.H <= kOuterHidden && s.I <= kOuterInput;
-  // Large ones take memory to pack into, much beside a chunk of one or two sequences; and so would
-  // sums in float32 beside weights of 16 bits.
+  // Large ones take memory to pack into, little only beside delta of many rows, and so would sums
+  // in float32 beside weights of 16 bits. But parts of the batch need them.
+  const bool has_many = s.total_rows > kRowsToPackLarge && s.B > kBatchToPack,
+             is_large = s.total_rows * s.H * s.element_size >= kDeltaPerThread * threads,
+             has_parts = s.H <= kBatchPartHidden && s.B >= 2 * kRowsPerBlock;
   plan.own_gradients =
-      small || s.is_part || (plan.own_products && s.B > kBatchToPack && s.element_size > 2);
+      small || s.is_part ||
+      (plan.own_products && has_many && (is_large || has_parts) && s.element_size > 2);
   plan.packs_gradients = plan.own_gradients && (!small || s.element_size == 2);
 
   const int64_t together = s.converts ? 1 : s.directions;
