@@ -28,7 +28,7 @@ CASES = [by_name(name) for name in ("medium-64", "medium-128", "row-256", "row-l
 CASES.append(by_name("large-256"))
 #: Seconds of calls in a turn, and turns of each process.
 SECONDS, QUICK_SECONDS = 1.0, 0.01
-TURNS = 4
+TURNS = 3
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,9 +3,9 @@
 // Loops whose turns the threads of PyTorch's pool share, unless these threads come too late.
 //
 // A parallel region ends when each of its threads has been there. Where other processes keep the
-// cores busy, a thread may get one after some 20 ms only, whatever there is to do. So when a region
-// took longer than the calling thread would have needed for all of it, the caller runs the same
-// turns alone for a while, before it tries again. Results do not depend on who runs a turn.
+// cores busy, a thread may get one after some 20 ms only, whatever there is to do. So there is an
+// account of the time that regions have saved: if it is overdrawn, the caller runs the same turns
+// alone for a while, before it tries again. Results do not depend on who runs a turn.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -35,6 +35,10 @@ inline int64_t nanoseconds(clockid_t clock) {
 inline int64_t now() { return nanoseconds(CLOCK_MONOTONIC); }
 inline int64_t own_now() { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
 
+/// What regions have saved, in nanoseconds: at most so much, that a single wait is nothing.
+constexpr int64_t kMostSaved = 20'000'000;
+inline std::atomic<int64_t> saved{kMostSaved};
+
 /// Times of now() until which calling threads run alone, and until which they look at their own
 /// clock too. To look at that takes as long as a small region: not before one was late.
 inline std::atomic<int64_t> alone_until{0}, watched_until{0};
@@ -42,8 +46,8 @@ inline std::atomic<int64_t> alone_until{0}, watched_until{0};
 /// run(begin, end) for ranges that make up [0, count), each of `grain` turns or more.
 template <typename Run>
 void share(int64_t count, int64_t grain, const Run& run) {
-  // Shorter waits are nothing to speak of. For so many times as long the thread stays alone, which
-  // bounds what it loses by trying, and at most so long.
+  // A wait that is long. A loss is followed by so many times as much alone, which bounds what is
+  // lost by trying; at most so long.
   constexpr int64_t kLate = 3'000'000, kTimesAlone = 8, kLongest = 1'000'000'000;
   const int64_t threads = std::min(available_threads(), (count + grain - 1) / grain);
   if (threads <= 1) return run(0, count);
@@ -57,10 +61,12 @@ void share(int64_t count, int64_t grain, const Run& run) {
     if (at::get_thread_num() == 0) own = (watched ? own_now() : now()) - own_begin;
   });
   const int64_t end = now(), wait = end - begin - own;
-  if (wait <= kLate) return;
-  watched_until.store(end + kLongest, std::memory_order_relaxed);
-  if (wait > (threads - 1) * own)
-    alone_until.store(end + std::min(kTimesAlone * wait, kLongest), std::memory_order_relaxed);
+  if (wait > kLate) watched_until.store(end + kLongest, std::memory_order_relaxed);
+  const int64_t now_saved = saved.load(std::memory_order_relaxed) + (threads - 1) * own - wait;
+  saved.store(std::clamp<int64_t>(now_saved, 0, kMostSaved), std::memory_order_relaxed);
+  if (now_saved < 0)
+    alone_until.store(end + std::min(-kTimesAlone * now_saved, kLongest),
+                      std::memory_order_relaxed);
 }
 
 /// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
