@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     workers = [Worker(name, threads) for name in CLASSES for threads in report["threads"]]
     try:
         with tempfile.TemporaryDirectory() as folder:
+            reference = Path(folder) / "reference"
             for case in CASES:
-                workers[0].ask("reference", case, Path(folder) / "reference")
+                workers[0].ask("reference", case, reference)
                 entry: dict[str, Any] = {"spec": case.spec(), "modes": {}}
                 report["cases"].append(entry)
                 for mode in MODES:
-                    entry["modes"][mode] = measure(case, mode, workers, folder, report)
+                    entry["modes"][mode] = measure(case, mode, workers, reference, report)
                     print(f"{case.name} {mode}", file=sys.stderr, flush=True)
     finally:
         for worker in workers:
@@ -88,12 +89,12 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": QUICK_SECONDS if args.quick else SECONDS,
         "turns": TURNS,
     }
-    # Cases stay last.
-    return {"study": "busy", **report, "cases": report.pop("cases")}
+    cases = report.pop("cases")  # stay last
+    return {"study": "busy", **report, "cases": cases}
 
 
 def measure(
-    case: BenchmarkCase, mode: str, workers: list[Any], folder: str, report: dict[str, Any]
+    case: BenchmarkCase, mode: str, workers: list[Any], reference: Path, report: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The mean time of a call of each worker beside each number of busy processes.
 
@@ -103,7 +104,7 @@ def measure(
         If the results of a class are wrong.
     """
     for worker in workers:
-        loaded = worker.ask("load", case, mode, Path(folder) / "reference")
+        loaded = worker.ask("load", case, mode, reference)
         if "calls" not in loaded:
             raise ValueError(f"{worker.name}, {case.name}, {mode}: {loaded}")
     order, results = random.Random(0), []

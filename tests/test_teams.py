@@ -19,6 +19,10 @@ import fastrnn
 from fastrnn import _C, testing
 from fastrnn.testing import Case
 
+# A folder of scripts: each finds the others because Python puts a script's folder first.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from busy import busy_processes
+
 # Weights packed and not, one row and several, x in the step and before, tails, several panels for
 # few threads and fewer panels than threads, backward in one chunk and in four.
 CASES = [
@@ -115,25 +119,6 @@ def outputs(module, case, dtype=torch.float32):
     return module(inputs[0], hx)
 
 
-SPIN = "print(flush=True)\nwhile True: pass"
-
-
-@contextmanager
-def busy_cores():
-    busy = [
-        subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE)
-        for _ in range(os.cpu_count() or 1)
-    ]
-    try:
-        for process in busy:
-            process.stdout.readline()
-        yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.communicate()
-
-
 # How two threads share each: columns, rows and parts of the batch, directions, layers, and large
 # products with rows.
 SHARED = [
@@ -155,7 +140,7 @@ def test_busy_cores_change_no_bits(case, times, is_shared):
         D = 1 + case.bidirectional
         assert is_shared(_C.cpu_plan(case.T, case.B, case.I, case.H, D, num_layers=case.num_layers))
         quiet = testing.run(module, case, torch.float32)
-        with busy_cores():
+        with busy_processes(os.cpu_count() or 1):
             for _ in range(times):
                 busy = testing.run(module, case, torch.float32)
                 assert all(torch.equal(quiet[name], busy[name]) for name in quiet)
