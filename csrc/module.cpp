@@ -130,7 +130,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
   shape.total_rows = T * B;
   shape.state_rows = T * B - (hx ? 0 : B);
-  shape.packed = shape.is_part = false;
+  shape.packed = false;
   fastrnn::cpu::set_type(shape, dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   shape.I = H * directions;
@@ -145,7 +145,6 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["pack_weights"] = plan.pack_weights;
   result["pack_input_weights"] = plan.pack_input_weights;
   result["own_gradients"] = plan.own_gradients;
-  result["packs_gradients"] = plan.packs_gradients;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;
   result["batch_parts"] = plan.batch_parts;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products over many rows by the kernels: of the input, and in backward of what they pack."""
+"""Products over many rows by the kernels: of the input, and the gradients of large layers."""
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(
     _C.cpu_capability() == "default", reason="the kernels for any processor leave them to ATen"
 )
 
-# Fewer features than a vector, and more columns than are packed at a time; rows in one pass, in
-# several and with a rest; sizes with tails; input and gradients whose rows are not adjacent.
+# Fewer features than a vector, and more columns than a block has; rows in one pass, in several and
+# with a rest; sizes with tails; input and gradients whose rows are not adjacent; one sequence and
+# two, of one chunk and of several; runs of one or two rows, more than are collected.
 CASES = [
     Case(90, 61, 520, 273, hx=True, nonlinearity="relu"),
     Case(40, 151, 3, 260, bias=False),
@@ -25,17 +26,19 @@ CASES = [
     Case(300, 9, 1, 129, num_layers=3),
     Case(0, 0, 70, 250, lengths=(*range(5, 66, 2), *[47] * 103), hx=True),
     Case(0, 0, 400, 140, lengths=(300, *[7] * 40), bidirectional=True),
+    Case(130, 1, 290, 300, hx=True),
+    Case(700, 1, 17, 135, bidirectional=True, hx=True),
+    Case(1030, 2, 260, 131, batch_first=True, num_layers=2),
+    Case(0, 0, 260, 150, lengths=(600, 599, 2), batch_first=True, hx=True),
 ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_and_gradients_of_packed_factors_are_right(case, dtype, count):
+def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     with threads(count):
-        assert all(
-            plan["own_products"] and plan["packs_gradients"] for plan in plans_of(case, dtype)
-        )
+        assert all(plan["own_products"] and plan["own_gradients"] for plan in plans_of(case, dtype))
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -52,8 +55,6 @@ def test_the_inputs_product_is_right(case, dtype):
 
 def test_few_rows_and_sixteen_bits_are_left_to_aten():
     assert not _C.cpu_plan(10, 6, 300, 300, 1, torch.float32)["own_products"]
-    # What is packed would take memory beside so few rows.
-    assert not _C.cpu_plan(500, 2, 300, 300, 1, torch.float32)["own_gradients"]
-    assert not _C.cpu_plan(100, 4, 300, 300, 1, torch.float32)["own_gradients"]
+    assert not _C.cpu_plan(10, 6, 300, 300, 1, torch.float32)["own_gradients"]
     assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.float16)["own_products"]
     assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.bfloat16)["own_gradients"]

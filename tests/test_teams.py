@@ -126,7 +126,7 @@ SHARED = [
     (Case(100, 32, 64, 64), 100, lambda plan: plan["row_blocks"] == plan["batch_parts"] == 2),
     (Case(100, 9, 30, 130, bidirectional=True), 50, lambda plan: plan["parallel"]),
     (Case(100, 1, 128, 128, num_layers=4), 100, lambda plan: plan["layer_threads"] == 2),
-    (Case(20, 64, 520, 520), 10, lambda plan: plan["packs_gradients"] and not plan["fuse_input"]),
+    (Case(20, 64, 520, 520), 10, lambda plan: plan["own_gradients"] and not plan["fuse_input"]),
 ]
 
 

@@ -59,20 +59,37 @@ void round(Cell& cell, at::ScalarType type) {
     if ((cell.*gradient).defined()) cell.*gradient = (cell.*gradient).to(type);
 }
 
-/// Runs a pass as a whole, or parts of the batch side by side. T: the type computed in.
+/// Of each layer, for so many threads.
+std::vector<Plan> plans_of(const BackwardPass& pass, int64_t threads) {
+  std::vector<Plan> plans;
+  plans.reserve(pass.layers.size());
+  for (const Layer& layer : pass.layers)
+    plans.push_back(plan_layer(layer_shape(pass.layout, layer), threads));
+  return plans;
+}
+
+/// The same for a part of the batch, which one thread runs with the kernels that the whole has.
+std::vector<Plan> plans_of_part(const BackwardPass& part, const std::vector<Plan>& whole) {
+  std::vector<Plan> plans = plans_of(part, /*threads=*/1);
+  for (size_t l = 0; l < plans.size(); ++l) plans[l].own_gradients = whole[l].own_gradients;
+  return plans;
+}
+
+/// Runs a pass as a whole, or parts of the batch side by side, by backward(pass, plans of its
+/// layers). T: the type computed in.
 template <typename T, typename Backward>
 std::vector<Cell> run_by_parts(const BackwardPass& pass, const Backward& backward) {
   const int64_t threads = available_threads();
+  const std::vector<Plan> plans = plans_of(pass, threads);
   int64_t parts = threads;
-  for (const Layer& layer : pass.layers)
-    parts = std::min(parts, plan_layer(layer_shape(pass.layout, layer), threads).batch_parts);
+  for (const Plan& plan : plans) parts = std::min(parts, plan.batch_parts);
   const auto rounded = [&](std::vector<Cell> cells) {
     const at::ScalarType type = pass.layers[0].input.scalar_type();
     if (type != kScalarType<Sum<T>>)
       for (Cell& cell : cells) round(cell, type);
     return cells;
   };
-  if (parts == 1) return rounded(backward(pass));
+  if (parts == 1) return rounded(backward(pass, plans));
   // Made here: threads that count references to one tensor disturb each other.
   const std::vector<int64_t> bounds = row_bounds(pass.layout, {0, pass.layout.T}, parts);
   std::vector<Layout> layouts;
@@ -84,7 +101,9 @@ std::vector<Cell> run_by_parts(const BackwardPass& pass, const Backward& backwar
     passes.push_back(narrow_batch(pass, layouts.back(), rows));
   }
   std::vector<std::vector<Cell>> cells(passes.size());
-  run_with_operators(passes.size(), [&](int64_t i) { cells[i] = backward(passes[i]); });
+  run_with_operators(passes.size(), [&](int64_t i) {
+    cells[i] = backward(passes[i], plans_of_part(passes[i], plans));
+  });
   for (size_t i = 1; i < cells.size(); ++i)
     for (size_t c = 0; c < cells[i].size(); ++c) add<T>(cells[0][c], cells[i][c]);
   return rounded(std::move(cells[0]));

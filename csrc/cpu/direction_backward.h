@@ -205,7 +205,6 @@ class DirectionBackward {
 
  private:
   static constexpr at::ScalarType kType = kScalarType<T>;
-  static constexpr int64_t kLeastPackedRows = 128;
 
   at::TensorOptions sum_options() const {
     return plan_.own_gradients ? input_.options().dtype(kScalarType<Sum<T>>) : input_.options();
@@ -240,7 +239,7 @@ class DirectionBackward {
     }
   }
 
-  /// Weight gradients by one pass of our own over the steps, for small sizes.
+  /// Weight gradients by one pass of our own over the steps.
   void add_outer_products(const Chunk& c) {
     if (!wanted_[0] && !wanted_[1] && !wanted_[2] && !wanted_[3]) return;
     const Tensor x =
@@ -269,27 +268,27 @@ class DirectionBackward {
     if (!grad_b_.empty()) a.grad_b = grad_b_.data();
     a.parts = plan_.parallel ? available_threads() : 1;
     Tensor workspace;
-    if (plan_.packs_gradients) {
+    const int64_t columns = kernels<T>().packed_columns;
+    if (columns > 0) {
       // An eighth of delta's memory, if that is enough rows.
-      const int64_t row_size = a.parts * kernels<T>().packed_columns;
-      const int64_t rows = c.delta.numel() / 8 / row_size / 2 * 2;
-      a.packed_rows = std::clamp(rows, kLeastPackedRows, kernels<T>().packed_rows);
-      workspace =
-          at::empty({a.parts, a.packed_rows, kernels<T>().packed_columns}, c.delta.options());
+      constexpr int64_t kLeastRows = 128;
+      const int64_t rows = c.delta.numel() / 8 / (a.parts * columns) / 2 * 2;
+      a.packed_rows = std::clamp(rows, kLeastRows, kernels<T>().packed_rows);
+      workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
       a.workspace = mutable_data_of<T>(workspace);
     }
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         WeightGradientArgs<T> part = a;
         part.part = i;
-        if (a.workspace) part.workspace += i * a.packed_rows * kernels<T>().packed_columns;
+        if (a.workspace) part.workspace += i * a.packed_rows * columns;
         kernels<T>().weight_gradients(part);
       }
     };
     share(a.parts, 1, run);
   }
 
-  /// grad_x = [grad_x +] delta W_ih by our kernel, for small sizes.
+  /// grad_x = [grad_x +] delta W_ih by our kernel.
   void multiply_delta(const Chunk& c, const Tensor& grad_input, bool accumulate) {
     if (grad_input.scalar_type() != kType) {
       const Tensor product = at::empty(grad_input.sizes(), grad_input.options().dtype(kType));

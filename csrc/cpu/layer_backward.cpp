@@ -45,15 +45,11 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
 /// Layers of one direction: each runs a chunk when the layer above has, whose gradient of that
 /// chunk is then its workspace. T: the type computed in.
 template <typename T>
-std::vector<Cell> stack_backward(const BackwardPass& pass) {
+std::vector<Cell> stack_backward(const BackwardPass& pass, std::vector<Plan> plans) {
   const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
   const int64_t count = static_cast<int64_t>(layers.size());
-  std::vector<Plan> plans;
   int64_t steps = layout.T;
-  for (const Layer& layer : layers) {
-    plans.push_back(plan_layer(layer_shape(layout, layer), available_threads()));
-    steps = std::min(steps, plans.back().backward_steps);
-  }
+  for (const Plan& plan : plans) steps = std::min(steps, plan.backward_steps);
   std::vector<DirectionBackward<T>> walks;
   walks.reserve(count);
   for (int64_t l = 0; l < count; ++l) {
@@ -90,12 +86,12 @@ std::vector<Cell> stack_backward(const BackwardPass& pass) {
 
 /// Both directions of a layer.
 template <typename T>
-std::vector<Cell> bidirectional_backward(const BackwardPass& pass) {
+std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::vector<Plan>& plans) {
   const Layout& layout = pass.layout;
   const Layer& layer = pass.layers[0];
   const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
   const WantedGradients& wanted = pass.wanted[0];
-  const Plan plan = plan_layer(layer_shape(layout, layer), available_threads());
+  const Plan& plan = plans[0];
   std::vector<Cell> results;
   // They walk at the same time, or one after the other.
   const int64_t together = plan.converts ? 1 : 2;
@@ -133,7 +129,8 @@ std::vector<Cell> layers_backward(const BackwardPass& pass) {
   if (bidirectional && pass.wanted[0].input.defined()) pass.wanted[0].input.zero_();
   return with_kernel_type(pass.outputs[0].scalar_type(), [&](auto number) {
     using T = decltype(number);
-    return run_by_parts<T>(pass, bidirectional ? bidirectional_backward<T> : stack_backward<T>);
+    return bidirectional ? run_by_parts<T>(pass, bidirectional_backward<T>)
+                         : run_by_parts<T>(pass, stack_backward<T>);
   });
 }
 

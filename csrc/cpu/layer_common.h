@@ -55,7 +55,6 @@ inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
   s.total_rows = layout.total_rows;
   s.state_rows = layout.total_rows - (layer.hx.defined() ? 0 : layout.B);
   s.packed = layout.packed();
-  s.is_part = layout.is_part;
   s.directions = layer.directions();
   set_type(s, layer.input.scalar_type());
   return s;
@@ -200,7 +199,6 @@ inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_
 
 /// Some rows of the batch, in steps that have any of them.
 inline Layout narrow_layout(Layout layout, Range rows) {
-  layout.is_part = true;
   layout.B = rows.end - rows.begin;
   layout.total_rows = layout.T * layout.B;
   if (!layout.packed()) return layout;

@@ -22,11 +22,9 @@ constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
 // (elements of W_hh that are read, or half the multiply-adds), and there are so many columns for
 // each.
 constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
-// Up to these sizes our outer product need not pack; above, its rows alias in the first-level
-// cache.
+// Up to these sizes gradients are ours in every type and on any processor: sums in float32 are
+// small there, and parts of the batch bring more than ATen's products.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
-// Each thread packs into some 176 KiB: four times that of delta for each.
-constexpr int64_t kDeltaPerThread = 704 << 10;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
 // layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
@@ -120,16 +118,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
-  const bool small = s.H <= kOuterHidden && s.I <= kOuterInput;
-  // Large ones take memory to pack into, little only beside delta of many rows, and so would sums
-  // in float32 beside weights of 16 bits. But parts of the batch need them.
-  const bool has_many = s.total_rows > kRowsToPackLarge && s.B > kBatchToPack,
-             is_large = s.total_rows * s.H * s.element_size >= kDeltaPerThread * threads,
-             has_parts = s.H <= kBatchPartHidden && s.B >= 2 * kRowsPerBlock;
   plan.own_gradients =
-      small || s.is_part ||
-      (plan.own_products && has_many && (is_large || has_parts) && s.element_size > 2);
-  plan.packs_gradients = plan.own_gradients && (!small || s.element_size == 2);
+      (s.H <= kOuterHidden && s.I <= kOuterInput) || (plan.own_products && s.element_size > 2);
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;

@@ -13,7 +13,6 @@ struct LayerShape {
   int64_t total_rows;    // T * B, or the length of packed data
   int64_t state_rows;    // those of them with a previous state: all with hx, else all but B
   bool packed;           // sequences of unequal length
-  bool is_part;          // of the batch, one of `batch_parts`
   int64_t element_size;  // of the kernels' tensors: 2 (bfloat16), 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
   bool fast_products;    // ATen's products of 16-bit tensors outrun the kernels
@@ -34,7 +33,6 @@ struct Plan {
   int64_t column_blocks;    // threads that share each of those parts' steps, a part of H each
   int64_t batch_parts;      // that go through all of backward side by side; 1: chunk by chunk
   bool own_gradients;       // of weights and input by our kernels; else ATen's matrix products
-  bool packs_gradients;     // those kernels pack what they multiply
   int64_t backward_steps;   // steps per chunk of the backward workspace
   bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)

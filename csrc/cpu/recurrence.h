@@ -143,7 +143,7 @@ struct WeightGradientArgs {
   Sum<T>* grad_w_ih = nullptr;  // [H, I] contiguous, or null
   Sum<T>* grad_w_hh = nullptr;  // [H, H] contiguous, or null
   Sum<T>* grad_b = nullptr;     // [H], or null
-  T* workspace = nullptr;       // [packed_rows, packed_columns] to pack into; null: small layers
+  T* workspace = nullptr;       // BFloat16: [packed_rows, packed_columns] to pack into
   int64_t packed_rows = 0;      // with it: rows at a time, even
 };
 
@@ -179,8 +179,8 @@ struct Kernels {
   void (*backward)(const BackwardArgs<T>& args);
   void (*product)(const ProductArgs<T>& args);
   void (*weight_gradients)(const WeightGradientArgs<T>& args);
-  // Rows that are worth packing at a time for it, and elements of its workspace for each. (BFloat16
-  // is always packed, of small layers too.)
+  // Rows that it packs at a time, at most, and elements of its workspace for each; 0: it reads all
+  // as it is.
   int64_t packed_rows, packed_columns;
 };
 

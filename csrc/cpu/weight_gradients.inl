@@ -7,12 +7,11 @@ namespace {
 /// Rows that are multiplied before the next tile. Sums are sums of such parts.
 template <typename T>
 constexpr int64_t kOuterRows = 128 * kDepth<T>;
-/// Rows that are packed at a time, at most: more, since for each time all of a large result is read
-/// and written.
-template <typename T>
-constexpr int64_t kPackedRows = 512 * kDepth<T>;
-/// Columns of the two factors that are packed at a time, as much as the second-level cache holds:
-/// whole panels, and whole tiles.
+/// Parts that one block of the result takes, before the next: each time, all of a large result is
+/// read and written.
+constexpr int64_t kOuterParts = 4;
+/// Columns of the two factors in a block, as much as the second-level cache holds: whole panels,
+/// and whole tiles.
 template <typename T>
 constexpr int64_t kVectorColumns = 1024 / static_cast<int64_t>(sizeof(Sum<T>));
 template <typename T>
@@ -182,20 +181,21 @@ void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, 
 template <typename T>
 class OuterProduct {
  public:
-  /// workspace: [packed_rows, kOuterColumns] for packed factors, or null.
+  /// workspace: [packed_rows, kOuterColumns], where kDepth rows have to be packed side by side.
   OuterProduct(Columns n, Columns k, Sum<T>* out, int64_t K, T* workspace, int64_t packed_rows)
       : along_k_(k.end - k.begin >= kLanes<T>),
         vectors_(along_k_ ? k : n),
         scalars_(along_k_ ? n : k),
         out_{out, along_k_ ? 1 : K, along_k_ ? K : 1},
         workspace_(workspace),
-        room_(workspace ? packed_rows : kOuterRows<T>) {}
+        room_(kPacks ? packed_rows : kOuterParts * kOuterRows<T>) {}
 
   FASTRNN_INLINE void add(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
     while (rows > 0) {
-      const int64_t room = room_ - rows_, count = smaller(rows, room);
+      const int64_t room = smaller(room_ - rows_, kOuterRows<T> - rows_ % kOuterRows<T>);
+      const int64_t count = smaller(rows, room);
       append({count, along_k_ ? a : delta, along_k_ ? delta : a});
-      if (rows_ == room_ || count_ == kOuterRows<T>) finish();
+      if (rows_ == room_ || count_ == kMostRuns) finish();
       delta = from_row(delta, count);
       a = from_row(a, count);
       rows -= count;
@@ -205,19 +205,25 @@ class OuterProduct {
   /// Multiplies what has been collected.
   __attribute__((noinline)) void finish() {
     if (count_ == 0) return;
-    if (workspace_ != nullptr)
+    if constexpr (kPacks)
       multiply_packed();
-    else if constexpr (kDepth<T> == 1)
-      outer_product<T>(runs_, count_, vectors_.begin, vectors_.end, scalars_.begin, scalars_.end,
-                       out_);
+    else
+      multiply();
     count_ = rows_ = 0;
   }
 
  private:
-  /// Rows that follow the last ones, or come just before them, lengthen their run.
+  static constexpr bool kPacks = kDepth<T> > 1;
+  static constexpr int64_t kMostRuns = kOuterRows<T>;
+
+  /// Rows that follow the last ones, or come just before them, lengthen their run, unless a part
+  /// begins with them.
   FASTRNN_INLINE void append(const Run<T>& run) {
+    const int64_t row = rows_;
     rows_ += round_up_to_depth<T>(run.rows);
-    if (count_ > 0) {
+    if (row % kOuterRows<T> == 0) {
+      first_run_[row / kOuterRows<T>] = count_;
+    } else {
       Run<T>& last = runs_[count_ - 1];
       const int64_t together = last.rows + run.rows;
       const bool before = is_followed(run, last);
@@ -237,8 +243,22 @@ class OuterProduct {
     return follows(run.vectors, next.vectors) && follows(run.scalars, next.scalars);
   }
 
-  /// By blocks of columns, which are copied next to each other first (kDepth rows side by side):
-  /// long rows some kilobytes apart would drive each other out of the first-level cache.
+  /// By blocks of columns, of all parts: a block of the result stays in the second-level cache.
+  void multiply() {
+    const int64_t parts = (rows_ + kOuterRows<T> - 1) / kOuterRows<T>;
+    first_run_[parts] = count_;
+    for (int64_t v = vectors_.begin; v < vectors_.end; v += kVectorColumns<T>) {
+      const int64_t v_end = smaller(v + kVectorColumns<T>, vectors_.end);
+      for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
+        const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
+        for (int64_t i = 0; i < parts; ++i)
+          outer_product<T>(runs_ + first_run_[i], first_run_[i + 1] - first_run_[i], v, v_end, s,
+                           s_end, out_);
+      }
+    }
+  }
+
+  /// The same, columns copied next to each other first, kDepth rows side by side.
   void multiply_packed() {
     constexpr int64_t kRows = kOuterRows<T> / kDepth<T>;
     T* const panels = workspace_;
@@ -287,8 +307,9 @@ class OuterProduct {
   const OuterBlock<Sum<T>> out_;  // from its first element
   T* const workspace_;
   const int64_t room_;
-  Run<T> runs_[kOuterRows<T>];
+  Run<T> runs_[kMostRuns];
   int64_t count_ = 0, rows_ = 0;
+  int64_t first_run_[kOuterParts + 1];  // of each part, and the end
 };
 
 /// sum[n] += sum_row delta[row][n] for the columns n, by parts of kSumRows rows. The parts are
