@@ -43,6 +43,31 @@ def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
+# Gradients in float32 where there are many rows, else by blocks, of several rows and columns; input
+# in the step whatever its size, but for one sequence.
+CONVERTED = [
+    Case(80, 41, 300, 290, hx=True),
+    Case(30, 19, 20, 300, batch_first=True, num_layers=2),
+    Case(33, 35, 17, 170, bidirectional=True, hx=True),
+    Case(140, 1, 200, 150, hx=True),
+    Case(0, 0, 150, 140, lengths=(*range(5, 66, 2), *[47] * 40), bidirectional=True),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("case", CONVERTED, ids=str)
+def test_large_layers_that_are_converted_are_right(case, count):
+    with threads(count):
+        ours = testing.run(case.module(fastrnn.RNN, torch.float16), case, torch.float16)
+    assert_as_accurate_as_nn_rnn(ours, case, torch.float16)
+
+
+def test_converted_layers_have_gradients_in_float32_beside_many_rows():
+    many, few = (plans_of(case, torch.float16)[0] for case in CONVERTED[:2])
+    assert many["own_gradients"] and not few["own_gradients"]
+    assert many["fuse_input"] and few["fuse_input"]
+
+
 # The first is not fused into the step: its input has a product of its own.
 @pytest.mark.parametrize("case", [Case(150, 2, 200, 64), Case(20, 40, 700, 400)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

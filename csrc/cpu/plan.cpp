@@ -11,9 +11,9 @@ namespace fastrnn::cpu {
 
 namespace {
 
-// Both matrices must stay in a core's second-level cache, else one large product is faster; so it
-// is for one or two long sequences of this many features. Fewer features than these are packed
-// whatever W_hh is: dot products of so few terms are dear.
+// Both matrices must stay in a core's second-level cache, else one large product is faster, unless
+// its operands have to be converted; so it is for one or two long sequences of this many features.
+// Fewer features than these are packed whatever W_hh is: dot products of so few terms are dear.
 constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 16;
 // A part of the batch smaller than this leaves the register tiles too empty; for small W_hh that is
 // still better than any hand-over.
@@ -25,6 +25,9 @@ constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
 // Up to these sizes gradients are ours in every type and on any processor: sums in float32 are
 // small there, and parts of the batch bring more than ATen's products.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
+// Larger ones of converted layers have sums in float32, worth their memory beside so many rows for
+// each of their columns.
+constexpr int64_t kRowsPerColumn = 4;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
 // layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
 constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
@@ -104,7 +107,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
   const bool large_16bit = s.fast_products && !s.converts && s.H >= kHiddenFor16Bit;
-  plan.fuse_input = s.I > 0 && (s.I + s.H) * s.H * s.element_size <= kFusedBytes && !large_16bit &&
+  const bool fits = (s.I + s.H) * s.H * s.element_size <= kFusedBytes;
+  plan.fuse_input = s.I > 0 && (fits || s.converts) && !large_16bit &&
                     (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
                                        : reuses_input_weight || s.total_rows <= kRowsToPack);
   plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
@@ -118,8 +122,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
-  plan.own_gradients =
-      (s.H <= kOuterHidden && s.I <= kOuterInput) || (plan.own_products && s.element_size > 2);
+  const bool small = s.H <= kOuterHidden && s.I <= kOuterInput,
+             has_many = s.total_rows >= kRowsPerColumn * (s.I + s.H);
+  plan.own_gradients = small || (s.converts ? has_many : plan.own_products && s.element_size > 2);
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -139,7 +144,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         kMaxTeam);
   plan.parallel = useful_threads > 1;
   const bool by_rows = plan.own_gradients && s.H <= kBatchPartHidden && plan.column_blocks == 1 &&
-                       !(s.packed && s.converts);
+                       !(s.converts && (s.packed || !small));
   plan.batch_parts = by_rows
                          ? std::clamp<int64_t>(
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "../parallel.h"
+
 namespace fastrnn::cpu {
 
 bool has_fast_product(at::ScalarType type) {
@@ -32,7 +34,8 @@ bool has_tile_product(at::ScalarType type) {
 
 namespace {
 
-/// In float32, block by block: the workspace is three blocks, whatever the size.
+/// In float32, block by block, which the threads share: each has three blocks as its workspace,
+/// whatever the size.
 void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                      bool accumulate) {
   static constexpr int64_t kBlock = 128, kDepth = 64;
@@ -41,17 +44,18 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
     return t.narrow(0, row, std::min(rows, t.size(0) - row))
         .narrow(1, column, std::min(columns, t.size(1) - column));
   };
-  for (int64_t m = 0; m < out.size(0); m += kBlock) {
-    for (int64_t n = 0; n < out.size(1); n += kBlock) {
-      const at::Tensor target = block(out, m, kBlock, n, kBlock);
-      at::Tensor sum = accumulate ? target.to(at::kFloat)
-                                  : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
-      for (int64_t k = 0; k < a.size(1); k += kDepth)
-        sum.addmm_(block(a, m, kBlock, k, kDepth).to(at::kFloat),
-                   block(b, k, kDepth, n, kBlock).to(at::kFloat));
-      target.copy_(sum);
-    }
-  }
+  const int64_t across = (out.size(1) + kBlock - 1) / kBlock,
+                down = (out.size(0) + kBlock - 1) / kBlock;
+  run_with_operators(across * down, [&](int64_t i) {
+    const int64_t m = i / across * kBlock, n = i % across * kBlock;
+    const at::Tensor target = block(out, m, kBlock, n, kBlock);
+    at::Tensor sum = accumulate ? target.to(at::kFloat)
+                                : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
+    for (int64_t k = 0; k < a.size(1); k += kDepth)
+      sum.addmm_(block(a, m, kBlock, k, kDepth).to(at::kFloat),
+                 block(b, k, kDepth, n, kBlock).to(at::kFloat));
+    target.copy_(sum);
+  });
 }
 
 }  // namespace
