@@ -129,7 +129,7 @@ def grid() -> list[Case]:
     # Backward in two chunks, the second without packed weights.
     for f, bi in (("tanh", False), ("relu", True)):
         cases.append(Case(19, 40, 6, 516, bidirectional=bi, nonlinearity=f, hx=bi))
-    for H, many in ((112, range(70, 156)), (300, range(40, 94))):
+    for H, many in ((112, range(70, 156)), (300, range(40, 94)), (160, range(8, 36))):
         cases.append(Case(0, 0, 5, H, bidirectional=True, hx=True, lengths=tuple(many)))
     return cases
 

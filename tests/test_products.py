@@ -68,13 +68,26 @@ def test_converted_layers_have_gradients_in_float32_beside_many_rows():
     assert many["fuse_input"] and few["fuse_input"]
 
 
-# The first is not fused into the step: its input has a product of its own.
-@pytest.mark.parametrize("case", [Case(150, 2, 200, 64), Case(20, 40, 700, 400)], ids=str)
+# Not fused into the step: the input has a product of its own, batch-first input by sequences or by
+# steps, of which there are more or fewer than threads.
+INPUTS = [
+    Case(150, 2, 200, 64),
+    Case(150, 2, 200, 64, batch_first=True),
+    Case(20, 40, 700, 400),
+    Case(20, 40, 700, 400, batch_first=True, bidirectional=True),
+    Case(70, 9, 500, 400, batch_first=True, num_layers=2),
+    Case(2, 90, 700, 400, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("case", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_inputs_product_is_right(case, dtype):
-    (plan,) = plans_of(case, torch.float32)
+def test_the_inputs_product_is_right(case, dtype, count):
+    plan = plans_of(case, torch.float32)[0]
     assert plan["own_products"] and not plan["fuse_input"] and not plan["own_input_product"]
-    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    with threads(count):
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 

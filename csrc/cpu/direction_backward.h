@@ -314,9 +314,8 @@ class DirectionBackward {
     // Some rows of a larger batch: only those of a step are adjacent.
     const Sequence<T> out = sequence_of<T>(layout_, grad_input, c.range.begin, 0);
     for (int64_t t = c.range.begin; t < c.range.end; ++t) {
-      const int64_t start = out.first_row ? out.first_row[t] * out.row_stride : t * out.step_stride;
       a.rows = layout_.rows(t);
-      a.out = {out.data + start, out.row_stride};
+      a.out = {out.row(t, 0), out.row_stride};
       multiply_rows(a, /*parallel=*/false);
       a.x.data += a.rows * H_;
     }

@@ -99,25 +99,56 @@ void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, 
     run(0, vectors);
 }
 
+/// Whether the rows of a [T, B, N] or packed tensor are at one distance from each other.
+bool is_matrix(const Tensor& t) {
+  return t.dim() == 2 || t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
+}
+
+/// out = x W^T, of many rows, the weight packed. x: as `is_matrix`, or of any strides (batch
+/// first), and then read as it is, by sequences or by steps, of which there are fewer.
+template <typename T>
+void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
+                        const Tensor& out) {
+  const Panels<T> panels(weight, /*transposed=*/true);
+  if (is_matrix(x)) {
+    ProductArgs<T> a = product_args<T>(as_rows(x), weight, as_rows(out));
+    a.panels = panels.data();
+    return multiply_rows(a, plan.parallel);
+  }
+  const int64_t outer = x.size(0) < x.size(1) ? 0 : 1, count = x.size(outer);
+  ProductArgs<T> first = product_args<T>(x.select(outer, 0), weight, out.select(outer, 0));
+  first.panels = panels.data();
+  const bool each_alone = plan.parallel && count >= available_threads();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      ProductArgs<T> a = first;
+      a.x.data += i * x.stride(outer);
+      a.out.data += i * out.stride(outer);
+      multiply_rows(a, plan.parallel && !each_alone);
+    }
+  };
+  if (each_alone)
+    share(count, 1, run);
+  else
+    run(0, count);
+}
+
 /// x W_ih^T for the steps `range`, written where the outputs will be.
 template <typename T>
 void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
                     Range range, const Tensor& output) {
-  const Tensor rows = as_rows(narrow_steps(layout, x, range));
-  const Tensor out = as_rows(narrow_steps(layout, output, range));
+  const bool any_strides = plan.own_products && !plan.own_input_product;
+  const Tensor part = narrow_steps(layout, x, range), out = narrow_steps(layout, output, range);
+  const Tensor rows = any_strides ? part : as_rows(part);
   for (int64_t d = 0; d < layer.directions(); ++d) {
     const Tensor& w_ih = layer.cells[d].w_ih;
     const Tensor target = narrow_direction(out, d, layer.hidden_size());
-    if (plan.own_input_product) {
-      multiply_few_rows<T>(plan, rows, w_ih, target);
-    } else if (plan.own_products) {
-      const Panels<T> panels(w_ih, /*transposed=*/true);
-      ProductArgs<T> a = product_args<T>(rows, w_ih, target);
-      a.panels = panels.data();
-      multiply_rows(a, plan.parallel);
-    } else {
-      multiply(rows, w_ih.t(), target);
-    }
+    if (any_strides)
+      multiply_many_rows<T>(plan, rows, w_ih, target);
+    else if (plan.own_input_product)
+      multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
+    else
+      multiply(rows, w_ih.t(), as_rows(target));
   }
 }
 

@@ -45,15 +45,18 @@ struct Matrix {
   int64_t row_stride = 0;
 };
 
-/// A [T, B, N] sequence read or written in place, time-major or not. Row b of step t starts at
-/// data + t * step_stride + b * row_stride; in packed data at
-/// data + (first_row[t] + b) * row_stride. Columns are adjacent.
+/// A [T, B, N] sequence read or written in place, time-major or not, or packed data, where step t
+/// begins with row first_row[t]. Columns are adjacent.
 template <typename T>
 struct Sequence {
   T* data = nullptr;
   int64_t step_stride = 0;
   int64_t row_stride = 0;
   const int64_t* first_row = nullptr;  // null: padded
+
+  T* row(int64_t t, int64_t b) const {
+    return data + (first_row ? first_row[t] * row_stride : t * step_stride) + b * row_stride;
+  }
 };
 
 /// Which rows are alive at which step. Rows are sorted by length: a step's rows are a prefix.

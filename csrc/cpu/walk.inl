@@ -7,8 +7,7 @@ namespace {
 template <typename T>
 FASTRNN_INLINE Matrix<T> rows_of(const Sequence<T>& s, int64_t t, int64_t row) {
   if (s.data == nullptr) return {};
-  const int64_t start = s.first_row ? s.first_row[t] * s.row_stride : t * s.step_stride;
-  return {s.data + start + row * s.row_stride, s.row_stride};
+  return {s.row(t, row), s.row_stride};
 }
 
 template <typename T>
