@@ -4,8 +4,8 @@
 //
 // A parallel region ends when each of its threads has been there. Where other processes keep the
 // cores busy, a thread may get one after some 20 ms only, whatever there is to do. So there is an
-// account of the time that regions have saved: if it is overdrawn, the caller runs the same turns
-// alone for a while, before it tries again. Results do not depend on who runs a turn.
+// account of the time that regions have saved, with a small income: while it is overdrawn, the
+// caller runs the same turns alone. Results do not depend on who runs a turn.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -35,24 +35,29 @@ inline int64_t nanoseconds(clockid_t clock) {
 inline int64_t now() { return nanoseconds(CLOCK_MONOTONIC); }
 inline int64_t own_now() { return nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
 
-/// What regions have saved, in nanoseconds: at most so much, that a single wait is nothing.
-constexpr int64_t kMostSaved = 20'000'000;
-inline std::atomic<int64_t> saved{kMostSaved};
+/// What regions have saved, in nanoseconds, by the time counted_at: at most so much, that a single
+/// wait is nothing, and so little that a wait is over in a second. All time that passes adds a part
+/// of it: that much of it may be lost by waiting, and no more.
+constexpr int64_t kMostSaved = 20'000'000, kLeastSaved = -125'000'000, kTimePerIncome = 8;
+inline std::atomic<int64_t> saved{kMostSaved}, counted_at{0};
 
-/// Times of now() until which calling threads run alone, and until which they look at their own
-/// clock too. To look at that takes as long as a small region: not before one was late.
-inline std::atomic<int64_t> alone_until{0}, watched_until{0};
+inline int64_t saved_at(int64_t time) {
+  const int64_t income = (time - counted_at.load(std::memory_order_relaxed)) / kTimePerIncome;
+  return std::min(kMostSaved, saved.load(std::memory_order_relaxed) + income);
+}
+
+/// The time of now() until which calling threads look at their own clock too, which takes as long
+/// as a small region: not before one was late.
+inline std::atomic<int64_t> watched_until{0};
 
 /// run(begin, end) for ranges that make up [0, count), each of `grain` turns or more.
 template <typename Run>
 void share(int64_t count, int64_t grain, const Run& run) {
-  // A wait that is long. A loss is followed by so many times as much alone, which bounds what is
-  // lost by trying; at most so long.
-  constexpr int64_t kLate = 3'000'000, kTimesAlone = 8, kLongest = 1'000'000'000;
+  constexpr int64_t kLate = 3'000'000, kWatch = 1'000'000'000;  // a long wait, and then how long
   const int64_t threads = std::min(available_threads(), (count + grain - 1) / grain);
   if (threads <= 1) return run(0, count);
-  const int64_t begin = now();
-  if (begin < alone_until.load(std::memory_order_relaxed)) return run(0, count);
+  const int64_t begin = now(), saved_before = saved_at(begin);
+  if (saved_before < 0) return run(0, count);
   const bool watched = begin < watched_until.load(std::memory_order_relaxed);
   const int64_t own_begin = watched ? own_now() : begin;
   int64_t own = 0;  // the calling thread's share
@@ -61,12 +66,10 @@ void share(int64_t count, int64_t grain, const Run& run) {
     if (at::get_thread_num() == 0) own = (watched ? own_now() : now()) - own_begin;
   });
   const int64_t end = now(), wait = end - begin - own;
-  if (wait > kLate) watched_until.store(end + kLongest, std::memory_order_relaxed);
-  const int64_t now_saved = saved.load(std::memory_order_relaxed) + (threads - 1) * own - wait;
-  saved.store(std::clamp<int64_t>(now_saved, 0, kMostSaved), std::memory_order_relaxed);
-  if (now_saved < 0)
-    alone_until.store(end + std::min(-kTimesAlone * now_saved, kLongest),
-                      std::memory_order_relaxed);
+  if (wait > kLate) watched_until.store(end + kWatch, std::memory_order_relaxed);
+  saved.store(std::clamp(saved_before + (threads - 1) * own - wait, kLeastSaved, kMostSaved),
+              std::memory_order_relaxed);
+  counted_at.store(end, std::memory_order_relaxed);
 }
 
 /// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
