@@ -11,9 +11,10 @@ namespace fastrnn::cpu {
 
 namespace {
 
-// Both matrices must stay in a core's second-level cache, else one large product is faster, unless
-// its operands have to be converted; so it is for one or two long sequences of this many features.
-// Fewer features than these are packed whatever W_hh is: dot products of so few terms are dear.
+// Both matrices must stay in a core's second-level cache, else one large product is faster; so it
+// is for one or two long sequences of this many features. (A product whose operands have to be
+// converted is not.) Fewer features than these are packed whatever W_hh is: dot products of so few
+// terms are dear.
 constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 16;
 // A part of the batch smaller than this leaves the register tiles too empty; for small W_hh that is
 // still better than any hand-over.

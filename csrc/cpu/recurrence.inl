@@ -156,14 +156,8 @@ void backward(const BackwardArgs<T>& a) {
 }
 
 template <typename T>
-constexpr Kernels<T> kKernels = {packed_size<T>,
-                                 padded_columns<T>,
-                                 pack<T>,
-                                 forward<T>,
-                                 backward<T>,
-                                 product<T>,
-                                 weight_gradients<T>,
-                                 kDepth<T> > 1 ? kOuterParts * kOuterRows<T> : 0,
-                                 kDepth<T> > 1 ? kOuterColumns<T> : 0};
+constexpr Kernels<T> kKernels = {packed_size<T>,      padded_columns<T>, pack<T>,
+                                 forward<T>,          backward<T>,       product<T>,
+                                 weight_gradients<T>, kPackedRows<T>,    kPackedColumns<T>};
 
 }  // namespace

@@ -16,8 +16,13 @@ template <typename T>
 constexpr int64_t kVectorColumns = 1024 / static_cast<int64_t>(sizeof(Sum<T>));
 template <typename T>
 constexpr int64_t kScalarColumns = 16 * FASTRNN_TILE_ROWS;
+/// Whether rows are packed, kDepth side by side; so many at a time, at most, of so many elements.
 template <typename T>
-constexpr int64_t kOuterColumns = kVectorColumns<T> + kScalarColumns<T>;
+constexpr bool kPacks = kDepth<T> > 1;
+template <typename T>
+constexpr int64_t kPackedRows = kPacks<T> ? kOuterParts * kOuterRows<T> : 0;
+template <typename T>
+constexpr int64_t kPackedColumns = kPacks<T> ? kVectorColumns<T> + kScalarColumns<T> : 0;
 /// Rows in a part of the bias's gradient, all of whose terms may have one sign.
 constexpr int64_t kSumRows = 32;
 
@@ -181,14 +186,14 @@ void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, 
 template <typename T>
 class OuterProduct {
  public:
-  /// workspace: [packed_rows, kOuterColumns], where kDepth rows have to be packed side by side.
+  /// workspace: [packed_rows, kPackedColumns], where rows are packed.
   OuterProduct(Columns n, Columns k, Sum<T>* out, int64_t K, T* workspace, int64_t packed_rows)
       : along_k_(k.end - k.begin >= kLanes<T>),
         vectors_(along_k_ ? k : n),
         scalars_(along_k_ ? n : k),
         out_{out, along_k_ ? 1 : K, along_k_ ? K : 1},
         workspace_(workspace),
-        room_(kPacks ? packed_rows : kOuterParts * kOuterRows<T>) {}
+        room_(kPacks<T> ? packed_rows : kOuterParts * kOuterRows<T>) {}
 
   FASTRNN_INLINE void add(int64_t rows, Matrix<const T> delta, Matrix<const T> a) {
     while (rows > 0) {
@@ -205,7 +210,7 @@ class OuterProduct {
   /// Multiplies what has been collected.
   __attribute__((noinline)) void finish() {
     if (count_ == 0) return;
-    if constexpr (kPacks)
+    if constexpr (kPacks<T>)
       multiply_packed();
     else
       multiply();
@@ -213,7 +218,6 @@ class OuterProduct {
   }
 
  private:
-  static constexpr bool kPacks = kDepth<T> > 1;
   static constexpr int64_t kMostRuns = kOuterRows<T>;
 
   /// Rows that follow the last ones, or come just before them, lengthen their run, unless a part
