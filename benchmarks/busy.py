@@ -19,7 +19,6 @@ from typing import Any
 import busy_table
 import compare
 import run
-import torch
 from cases import CLASSES, MODES, BenchmarkCase, by_name
 from peers.worker import Worker
 
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     int
         0.
     """
-    args = parse(argv)
+    args = compare.parse_fixed(argv, "Measure nn.RNN and fastrnn on busy cores.")
     report = describe(args)
     path = args.output or compare.default_path(report, args)
     workers = [Worker(name, threads) for name in CLASSES for threads in report["threads"]]
@@ -66,17 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     print(busy_table.render(report))
     print(f"written to {path.name}", file=sys.stderr)
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure nn.RNN and fastrnn on busy cores.")
-    parser.add_argument("--quick", action="store_true", help="few calls, rougher numbers")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
-    args = parser.parse_args(argv)
-    args.part = args.quick
-    return args
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:

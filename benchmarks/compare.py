@@ -27,7 +27,7 @@ from peers.worker import Worker
 
 #: Seconds of bursts for each case and mode, and rounds that are made however long they take.
 SECONDS, QUICK_SECONDS = 5.0, 0.5
-MIN_ROUNDS = 3
+MIN_ROUNDS = 5
 #: The class that the others are divided by.
 BASE = "fastrnn"
 
@@ -84,6 +84,17 @@ def parse(argv: list[str] | None, peers: list[str], threads: list[int]) -> argpa
     args.part = bool(args.quick or args.only or args.peers != peers)
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if args.quick else SECONDS
+    return args
+
+
+def parse_fixed(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """Read the command line of a study that measures the same with one thread and with all."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher numbers")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
+    args = parser.parse_args(argv)
+    args.part = args.quick
     return args
 
 

@@ -17,7 +17,6 @@ import compare
 import limits_table
 import native
 import run
-import torch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 INCLUDED = [run.ROOT / "csrc" / "cpu" / f"{name}.inl" for name in ("vectors", "activations")]
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     int
         0, or 2 if this machine lacks what is needed.
     """
-    args = parse(argv)
+    args = compare.parse_fixed(argv, "Measure the limits of this machine.")
     if shutil.which("g++") is None or not caches():
         print(f"this needs g++ and the sizes of caches in {CPUS}", file=sys.stderr)
         return 2
@@ -54,17 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     print(limits_table.render(report))
     print(f"written to {path.name}", file=sys.stderr)
     return 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure the limits of this machine.")
-    parser.add_argument("--quick", action="store_true", help="few repeats, rougher numbers")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
-    args = parser.parse_args(argv)
-    args.part = args.quick
-    return args
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
@@ -50,20 +51,33 @@ inline int64_t saved_at(int64_t time) {
 /// as a small region: not before one was late.
 inline std::atomic<int64_t> watched_until{0};
 
-/// run(begin, end) for ranges that make up [0, count), each of `grain` turns or more.
+/// How long this thread has waited inside its turns, in nanoseconds.
+inline thread_local int64_t waited = 0;
+
+/// For a turn that needs what another thread is late with: perhaps that one waits for this core.
+inline void give_way() {
+  const int64_t begin = now();
+  sched_yield();
+  waited += now() - begin;
+}
+
+/// run(begin, end) for ranges that make up [0, count), each of `grain` turns or more; by the caller
+/// alone if not `parallel`.
 template <typename Run>
-void share(int64_t count, int64_t grain, const Run& run) {
+void share(int64_t count, int64_t grain, const Run& run, bool parallel = true) {
   constexpr int64_t kLate = 3'000'000, kWatch = 1'000'000'000;  // a long wait, and then how long
-  const int64_t threads = std::min(available_threads(), (count + grain - 1) / grain);
+  const int64_t threads = parallel ? std::min(available_threads(), at::divup(count, grain)) : 1;
   if (threads <= 1) return run(0, count);
   const int64_t begin = now(), saved_before = saved_at(begin);
   if (saved_before < 0) return run(0, count);
   const bool watched = begin < watched_until.load(std::memory_order_relaxed);
-  const int64_t own_begin = watched ? own_now() : begin;
+  const int64_t own_begin = watched ? own_now() : 0, waited_before = waited;
   int64_t own = 0;  // the calling thread's share
   at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
     run(first, last);
-    if (at::get_thread_num() == 0) own = (watched ? own_now() : now()) - own_begin;
+    if (at::get_thread_num() != 0) return;
+    own = now() - begin - (waited - waited_before);
+    if (watched) own = std::min(own, own_now() - own_begin);
   });
   const int64_t end = now(), wait = end - begin - own;
   if (wait > kLate) watched_until.store(end + kWatch, std::memory_order_relaxed);

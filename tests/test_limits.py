@@ -217,7 +217,7 @@ def test_limits_name_neither_path_nor_host_and_have_a_file_for_the_day(measured)
     text = json.dumps(measured)
     assert '"/' not in text and json.dumps(platform.node()) not in text
     names = [
-        limits.compare.default_path(measured, limits.parse(options)).name
+        limits.compare.default_path(measured, limits.compare.parse_fixed(options, "")).name
         for options in ([], ["--quick"])
     ]
     assert names[0].startswith("limits-")

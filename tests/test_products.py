@@ -29,7 +29,7 @@ CASES = [
     Case(130, 1, 290, 300, hx=True),
     Case(700, 1, 17, 135, bidirectional=True, hx=True),
     Case(1030, 2, 260, 131, batch_first=True, num_layers=2),
-    Case(0, 0, 260, 150, lengths=(600, 599, 2), batch_first=True, hx=True),
+    Case(0, 0, 260, 150, lengths=(600, 599, 2), hx=True),
 ]
 
 

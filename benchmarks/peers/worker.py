@@ -25,7 +25,7 @@ from .interface import Loaded
 
 #: Seconds until a worker is taken to hang: loading may compile.
 LIMIT = 600.0
-#: A call of more seconds is a burst by itself.
+#: A call of more seconds is a burst by itself, all of it timed.
 LONG = 0.1
 #: Seconds that a process has to end by itself.
 CLOSING = 5.0
@@ -40,7 +40,7 @@ class Runner:
         self._peer = PEERS[name]
         self._threads = threads
         self._loaded: Loaded | None = None
-        self._calls = 1
+        self._calls, self._long = 1, False
         torch.set_num_threads(threads)
         timing.keep_freed_memory()
 
@@ -75,15 +75,16 @@ class Runner:
         self._loaded, self._mode = loaded, mode
         with torch.inference_mode(mode == "inference"):
             seconds = timing.round_of(loaded.step, 1)
+            self._long = seconds > LONG
             # The search for a number of calls makes several more.
-            self._calls = 1 if seconds > LONG else timing.calls_of_round(loaded.step)
+            self._calls = 1 if self._long else timing.calls_of_round(loaded.step)
         return {"calls": self._calls}
 
     def burst(self) -> dict[str, float]:
         """``seconds`` of a call, from one round of them."""
         assert self._loaded is not None
         with torch.inference_mode(self._mode == "inference"):
-            if self._calls > 1:
+            if not self._long:
                 # Not timed: brings the weights back into the caches, and the threads to life.
                 self._loaded.step()
             seconds = timing.round_of(self._loaded.step, self._calls)

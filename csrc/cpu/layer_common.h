@@ -130,13 +130,11 @@ class Panels {
       kernels<T>().pack(data_of<T>(part) + (converts ? 0 : n * n_stride), part.stride(k_dim),
                         n_stride, K, count, panels + kernels<T>().packed_size(K, n));
     };
-    const int64_t slices = (N + kSlice - 1) / kSlice;
+    const int64_t slices = at::divup(N, kSlice);
     if (converts)
       for (int64_t i = 0; i < slices; ++i) pack(i, i + 1);
-    else if (K * N < kLarge)
-      pack(0, slices);
     else
-      share(slices, 1, pack);
+      share(slices, 1, pack, /*parallel=*/K * N >= kLarge);
   }
 
   /// Null if there are none.
@@ -171,10 +169,7 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
     part.out.data += begin * a.out.row_stride;
     kernels<T>().product(part);
   };
-  if (parallel)
-    share(a.rows, kRowsPerThread, run);
-  else
-    run(0, a.rows);
+  share(a.rows, kRowsPerThread, run, parallel);
 }
 
 /// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps
@@ -239,14 +234,12 @@ void run_parts(const Layout& layout, const Plan& plan, const std::vector<Args>& 
     const bool alone = end - begin == places;  // one thread is no team
     for (int64_t i = begin; i < end; i += alone ? team : 1) {
       Args walk = walks[i / team];
-      if (!alone && team > 1) walk.team = {slabs.data() + i / team * team, team, i % team};
+      if (!alone && team > 1)
+        walk.team = {slabs.data() + i / team * team, team, i % team, give_way};
       kernel(walk);
     }
   };
-  if (plan.parallel)
-    share(places, 1, run);
-  else
-    run(0, places);
+  share(places, 1, run, plan.parallel);
 }
 
 }  // namespace fastrnn::cpu

@@ -86,17 +86,14 @@ void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, 
   const Tensor w = readable(weight, kScalarType<T>);
   ProductArgs<T> a = product_args<T>(x, w, out);
   a.w = matrix_of<T>(w);
-  const int64_t vector = kernels<T>().padded_columns(1), vectors = (a.N + vector - 1) / vector;
+  const int64_t vector = kernels<T>().padded_columns(1), vectors = at::divup(a.N, vector);
   const auto run = [&](int64_t begin, int64_t end) {
     ProductArgs<T> part = a;
     part.begin = begin * vector;
     part.end = std::min(a.N, end * vector);
     kernels<T>().product(part);
   };
-  if (plan.parallel)
-    share(vectors, 1, run);
-  else
-    run(0, vectors);
+  share(vectors, 1, run, plan.parallel);
 }
 
 /// Whether the rows of a [T, B, N] or packed tensor are at one distance from each other.
@@ -127,10 +124,7 @@ void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
       multiply_rows(a, plan.parallel && !each_alone);
     }
   };
-  if (each_alone)
-    share(count, 1, run);
-  else
-    run(0, count);
+  share(count, 1, run, each_alone);
 }
 
 /// x W_ih^T for the steps `range`, written where the outputs will be.

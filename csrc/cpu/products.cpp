@@ -44,8 +44,7 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
     return t.narrow(0, row, std::min(rows, t.size(0) - row))
         .narrow(1, column, std::min(columns, t.size(1) - column));
   };
-  const int64_t across = (out.size(1) + kBlock - 1) / kBlock,
-                down = (out.size(0) + kBlock - 1) / kBlock;
+  const int64_t across = at::divup(out.size(1), kBlock), down = at::divup(out.size(0), kBlock);
   run_with_operators(across * down, [&](int64_t i) {
     const int64_t m = i / across * kBlock, n = i % across * kBlock;
     const at::Tensor target = block(out, m, kBlock, n, kBlock);

@@ -10,8 +10,7 @@
 #pragma once
 
 // But for cstdint, these serve recurrence.inl, which must not include anything for its target.
-#include <sched.h>
-
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -83,9 +82,10 @@ struct Slab {
 constexpr int64_t kMaxTeam = 64;
 /// One thread's place among those that share the steps of a walk; no slabs: it walks alone.
 struct Team {
-  Slab* slabs = nullptr;  // [size], zero before the walk
-  int64_t size = 1;       // at most kMaxTeam
-  int64_t home = 0;       // the slab that this thread computes, as long as it is on time
+  Slab* slabs = nullptr;         // [size], zero before the walk
+  int64_t size = 1;              // at most kMaxTeam
+  int64_t home = 0;              // the slab that this thread computes, as long as it is on time
+  void (*give_way)() = nullptr;  // called again and again while another thread is late
 };
 
 /// Forward of one layer and direction for rows [row_begin, row_end):

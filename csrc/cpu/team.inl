@@ -58,8 +58,8 @@ class Rounds {
         late_ |= bit;
         return run(slab, compute);
       }
-      late_ &= ~bit;                         // begun
-      if (turn >= kPatience) sched_yield();  // perhaps its thread waits for this core
+      late_ &= ~bit;  // begun
+      if (turn >= kPatience) team_.give_way();
     }
   }
 

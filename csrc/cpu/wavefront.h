@@ -4,8 +4,6 @@
 // layers, another takes the part after it through the lower ones.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <vector>
 
@@ -31,7 +29,7 @@ void run_wavefront(int64_t layers, int64_t parts, int64_t threads, const Run& ru
         std::atomic<int64_t>& progress = done[layer].parts;
         for (int64_t turn = 0; progress.load(std::memory_order_acquire) < part; ++turn) {
           if (failed) return;
-          if (turn >= kPatience) sched_yield();  // perhaps the part before waits for this core
+          if (turn >= kPatience) give_way();
         }
         run(layer, part);
         progress.store(part + 1, std::memory_order_release);
