@@ -71,22 +71,23 @@ FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride
   }
 }
 
-/// A single row has too few accumulators to hide the latency of the multiply-add: four independent
-/// sums over k.
+/// A single row has too few accumulators to hide the latency of the multiply-add: so many
+/// independent sums over k.
+constexpr int kRowSums = 4;
+
 template <typename T, int V>
 FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, const T* panel) {
-  constexpr int kSums = 4;
-  Vec<T> part[kSums][V] = {};
+  Vec<T> part[kRowSums][V] = {};
   int64_t k = 0;
-  for (; k + kSums * kDepth<T> <= K; k += kSums * kDepth<T>) {
+  for (; k + kRowSums * kDepth<T> <= K; k += kRowSums * kDepth<T>) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kSums; ++j) {
+    for (int j = 0; j < kRowSums; ++j) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
         add_terms<T>(part[j][v], load_terms(a + k + j * kDepth<T>),
                      load_weights(panel + (j * V + v) * kWeights<T>));
     }
-    panel += kSums * V * kWeights<T>;
+    panel += kRowSums * V * kWeights<T>;
   }
   multiply<T, 1, V>(acc, a + k, 0, K - k, panel);
 #pragma GCC unroll 8
@@ -105,7 +106,13 @@ FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t 
                                 const T* panel) {
   const T* first = a.data + row * a.row_stride;
   if constexpr (R == 1) {
-    if (K >= 4) return multiply_row<T, V>(acc, first, K, panel);
+    constexpr int64_t kPart = kRowSums * kTerms;
+    if (K >= kRowSums) {
+      for (int64_t k = 0; k < K; k += kPart)
+        multiply_row<T, V>(acc, first + k, K - k < kPart ? K - k : kPart,
+                           panel + k * V * kLanes<T>);
+      return;
+    }
   }
   if (K <= kFewTerms) return multiply<T, R, V>(acc, first, a.row_stride, K, panel);
   for (int64_t k = 0; k < K; k += kTerms) {
