@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python benchmarks/busy.py`: measure nn.RNN and fastrnn while other processes want the cores.
 
-A number is the mean over some turns of the mean of all calls, not the median: a thread that comes late makes a few calls long.
+A number is the mean of some turns' means, not a median: a thread that comes late makes a few calls
+long.
 Each class has a process for each number of threads, as in compare.py, and passes its gate before.
 """
 

@@ -5,8 +5,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cstring>
-
 namespace fastrnn {
 
 Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {

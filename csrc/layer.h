@@ -45,7 +45,7 @@ struct Layer {
 
 /// Which gradients of a layer are wanted. Where a tensor is defined it is overwritten.
 struct WantedGradients {
-  Tensor input;                            // as the input, contiguous; or undefined
+  Tensor input;                            // as the input, columns adjacent; or undefined
   Tensor hx;                               // [D, B, H]; or undefined
   std::vector<std::array<bool, 4>> cells;  // w_ih, w_hh, b_ih, b_hh of each direction
 };

@@ -99,7 +99,7 @@ bool is_plain_tensor(PyObject* object) {
 
 /// A short way to the answer yes of functional.takes_fused_path, for the calls that are most
 /// frequent; false says nothing.
-bool is_ordinary_call(py::handle input, const py::list& weights, py::handle hx) {
+bool is_ordinary_call(py::handle input, const py::sequence& weights, py::handle hx) {
   if (!is_plain_eager() || !is_plain_tensor(input.ptr())) return false;
   if (!hx.is_none() && !is_plain_tensor(hx.ptr())) return false;
   for (py::handle weight : weights)
@@ -123,8 +123,8 @@ py::dict build_info() {
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
                   at::ScalarType dtype, bool hx, int64_t num_layers) {
-  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H >= 0 && directions > 0 && num_layers > 0,
-                    "cpu_plan: T, directions and num_layers must be positive, B, I and H not "
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H > 0 && directions > 0 && num_layers > 0,
+                    "cpu_plan: T, H, directions and num_layers must be positive, B and I not "
                     "negative");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};

@@ -86,12 +86,24 @@ void share(int64_t count, int64_t grain, const Run& run, bool parallel = true) {
   counted_at.store(end, std::memory_order_relaxed);
 }
 
+/// While there is one, its thread is in turns of run_with_operators, perhaps in all of them alone.
+class Turn {
+ public:
+  Turn() : outer_(inside) { inside = true; }
+  ~Turn() { inside = outer_; }
+  static inline thread_local bool inside = false;
+
+ private:
+  const bool outer_;
+};
+
 /// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
 /// of the caller's, and without this operators on its tensors would go through autograd's checks.
 template <typename Run>
 void run_with_operators(int64_t count, const Run& run) {
   share(count, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Turn turn;
     for (int64_t i = begin; i < end; ++i) run(i);
   });
 }

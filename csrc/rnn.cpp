@@ -180,6 +180,8 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   // Where w_ih and w_hh disagree, the other dimension of w_hh tells which of them is wrong.
   const c10::SymInt hidden_size = w_hh.sym_size(w_ih.sym_size(0) == w_hh.sym_size(0) ? 0 : 1);
 
+  TORCH_CHECK_VALUE(hidden_size > 0, "hidden_size must be greater than zero: w_hh is (H, H).");
+
   const bool known_sizes = packed && has_values(*batch_sizes);
   if (packed) {
     TORCH_CHECK_INDEX(batch_sizes->sym_numel() > 0,

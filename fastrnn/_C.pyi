@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ device_types: tuple[str, ...]
 def rnn(
     input: Tensor,
     hx: Tensor | None,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     nonlinearity: str,
     bias: bool,
@@ -17,7 +18,7 @@ def rnn(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor]: ...
-def is_ordinary_call(input: Any, weights: list[Any], hx: Any) -> bool: ...
+def is_ordinary_call(input: Any, weights: Sequence[Any], hx: Any) -> bool: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def cpu_plan(

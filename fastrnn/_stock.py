@@ -5,6 +5,7 @@
 checks and messages are PyTorch's own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class StockRNN:
     get_expected_hidden_size = RNNBase.get_expected_hidden_size
     permute_hidden = RNNBase.permute_hidden
 
-    def __init__(self, weights: list[Tensor], **options: Any) -> None:
+    def __init__(self, weights: Sequence[Tensor], **options: Any) -> None:
         for i, weight in enumerate(weights):
             if weight is None:
                 raise TypeError(

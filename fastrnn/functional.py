@@ -4,6 +4,7 @@
 Arguments are checked in one place, csrc/rnn.cpp.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _FUSED_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.f
 _FUSED_DEVICES = frozenset(() if _extension.load_error else _extension.C.device_types)
 
 
-def takes_fused_path(input: Any, weights: list[Tensor], hx: Tensor | None) -> bool:
+def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -> bool:
     """Whether the fused operators take this call; if not, PyTorch's own path does.
 
     They take ordinary strided tensors on the CPU, and on a GPU if fastrnn was built with CUDA,
@@ -73,7 +74,7 @@ def _only_mode_is_default_device() -> bool:
 
 def rnn(
     input: Any,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     hx: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
@@ -90,7 +91,7 @@ def rnn(
     ----------
     input : Tensor or PackedSequence
         ``(T, B, I)``, ``(B, T, I)`` with `batch_first`, ``(T, I)`` for one sequence, or packed.
-    weights : list of Tensor
+    weights : sequence of Tensor
         For each layer, then direction: ``w_ih (H, I)``, ``w_hh (H, H)`` and, with `bias`,
         ``b_ih (H)``, ``b_hh (H)``; ``I`` is ``D*H`` above the first layer.
     hx : Tensor, optional
@@ -161,7 +162,7 @@ def rnn(
 def _expected_hidden(
     input: Tensor,
     hx: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     rows: int,
     batch_first: bool,
@@ -178,10 +179,26 @@ def _expected_hidden(
     return (rows, *batch, *weights[1].shape[:1])
 
 
+def _are_of_one_model(
+    weights: Sequence[Tensor], num_layers: int, directions: int, per_layer: int
+) -> bool:
+    """Whether there are as many weights as there must be, of shapes and dtypes that go together."""
+    if len(weights) != num_layers * per_layer or weights[0].dim() != 2 or weights[1].dim() != 2:
+        return False
+    H, features = weights[1].shape[0], weights[0].shape[1]
+    for layer in range(num_layers):
+        shapes = [(H, features), (H, H), (H,), (H,)][: per_layer // directions] * directions
+        for w, shape in zip(weights[layer * per_layer :], shapes, strict=False):
+            if w.shape != shape or w.dtype != weights[0].dtype or w.device != weights[0].device:
+                return False
+        features = H * directions
+    return True
+
+
 def _rnn_with_dropout(
     input: Tensor,
     hx: Tensor | None,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     nonlinearity: str,
     bias: bool,
@@ -194,7 +211,7 @@ def _rnn_with_dropout(
     directions = 2 if bidirectional else 1
     per_layer = directions * (4 if bias else 2)
     rows = num_layers * directions
-    if len(weights) != num_layers * per_layer or (
+    if not _are_of_one_model(weights, num_layers, directions, per_layer) or (
         hx is not None
         and hx.shape != _expected_hidden(input, hx, weights, batch_sizes, rows, batch_first)
     ):

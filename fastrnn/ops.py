@@ -5,6 +5,8 @@ The schemas are in csrc/library.cpp. A fake kernel returns tensors of the right 
 dtype without computing, so that torch.compile keeps each operator as one node of its graph.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from fastrnn import _extension
 def rnn(
     input: Tensor,
     hx: Tensor | None,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     nonlinearity: str,
     bias: bool,

@@ -339,7 +339,62 @@ def test_input_of_rank_four_is_answered_with_the_layout_of_batch_first(dropout):
     assert "(B, T, I) for a batch" in str(error)
 
 
+@pytest.mark.parametrize(
+    "place, weight",
+    [
+        (4, torch.zeros(4, 5)),
+        (5, torch.zeros(5, 4)),
+        (7, torch.zeros(3)),
+        (1, torch.zeros(4)),
+        (5, torch.zeros(4, 4).double()),
+        (4, torch.zeros(4, 4, device="meta")),
+    ],
+    ids=["w_ih", "w_hh", "b_hh", "w_hh of rank one", "dtype", "device"],
+)
+def test_a_weight_that_does_not_fit_is_named_with_dropout_too(place, weight):
+    weights = weights_of_two_layers()
+    weights[place] = weight
+    with_and_without = [
+        failure(fastrnn.functional.rnn, X, weights, num_layers=2, dropout=p, training=True)
+        for p in (0.5, 0.0)
+    ]
+    assert_same_failure(*with_and_without)
+
+
+def test_functional_without_hidden_features_fails_in_the_words_of_the_constructor():
+    weights = [torch.zeros(0, 3), torch.zeros(0, 0), torch.zeros(0), torch.zeros(0)]
+    ours = failure(fastrnn.functional.rnn, X, weights)
+    assert_same_failure(ours, failure(torch.nn.RNN, 3, 0))
+
+
+@dropout_or_not
+def test_functional_takes_weights_as_a_tuple(dropout):
+    results = []
+    for weights in (weights_of_two_layers, lambda: tuple(weights_of_two_layers())):
+        torch.manual_seed(0)
+        results.append(
+            fastrnn.functional.rnn(X, weights(), num_layers=2, dropout=dropout, training=True)
+        )
+    torch.testing.assert_close(*results)
+
+
 # NaN and infinity
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("step", [0, 40, 99])
+def test_an_infinite_gradient_of_a_bias_stays_infinite(value, step):
+    gradients = []
+    for cls in BOTH:
+        torch.manual_seed(0)
+        module = cls(3, 4, nonlinearity="relu")
+        output, _ = module(torch.ones(100, 2, 3))
+        cotangent = torch.zeros_like(output)
+        cotangent[step] = value
+        gradients.append(torch.autograd.grad(output, module.bias_ih_l0, cotangent)[0])
+    assert gradients[0].isinf().any()
+    assert torch.equal(gradients[0].isinf(), gradients[1].isinf())
+    assert torch.equal(gradients[0].isnan(), gradients[1].isnan())
 
 
 def poisoned_run(module, value, place, sizes):

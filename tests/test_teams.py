@@ -189,6 +189,32 @@ def test_a_team_of_which_not_all_come_computes_the_rest(limit):
     assert process.stdout == "right\n", process.stderr
 
 
+# Of two threads one never comes: products of an odd number of rows, the gradient of hx by parts of
+# the batch, a stack with products between its layers, and products in 16 bits by blocks.
+BITS = """
+import hashlib, torch, fastrnn
+from fastrnn import testing
+from fastrnn.testing import Case
+
+torch.set_num_threads(2)
+for case, dtype, names in [
+    (Case(43, 30, 520, 520), torch.float32, None),
+    (Case(100, 32, 64, 64, hx=True), torch.float32, None),
+    (Case(50, 1, 20, 180, num_layers=3), torch.float32, ["output", "h_n"]),
+    (Case(10, 40, 300, 300, hx=True), torch.float16, None),
+]:
+    found = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    for name in names or found:
+        print(name, hashlib.sha256(found[name].contiguous().view(torch.uint8).numpy()).hexdigest())
+"""
+
+
+def test_bits_are_those_of_the_threads_that_were_asked_for():
+    one, two = (run_with_thread_limit(BITS, limit) for limit in (1, 2))
+    assert one.stdout == two.stdout, one.stderr
+    assert one.stdout.count("\n") > 20, one.stderr
+
+
 def run_with_thread_limit(code, limit):
     """The OpenMP runtime may give fewer threads than torch.get_num_threads() says."""
     paths = [str(Path(fastrnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "dispatch.h"
 #include "layer_cpu.h"
@@ -158,18 +157,20 @@ class Panels {
   Tensor large_;
 };
 
-/// The product of a.rows rows with packed weights, which the threads share if `parallel`.
+/// The product of a.rows rows with packed weights, which the threads share if `parallel`: by whole
+/// tiles of any capability, so that a row is in the same tile whoever computes it.
 template <typename T>
 void multiply_rows(const ProductArgs<T>& a, bool parallel) {
-  constexpr int64_t kRowsPerThread = 32;
+  constexpr int64_t kTileRows = 12, kTilesPerThread = 3;
   const auto run = [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kTileRows;
     ProductArgs<T> part = a;
-    part.rows = end - begin;
-    part.x.data += begin * a.x.row_stride;
-    part.out.data += begin * a.out.row_stride;
+    part.rows = std::min(a.rows, end * kTileRows) - first;
+    part.x.data += first * a.x.row_stride;
+    part.out.data += first * a.out.row_stride;
     kernels<T>().product(part);
   };
-  share(a.rows, kRowsPerThread, run, parallel);
+  share(at::divup(a.rows, kTileRows), kTilesPerThread, run, parallel);
 }
 
 /// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps

@@ -145,7 +145,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         kMaxTeam);
   plan.parallel = useful_threads > 1;
   const bool by_rows = plan.own_gradients && s.H <= kBatchPartHidden && plan.column_blocks == 1 &&
-                       !(s.converts && (s.packed || !small));
+                       !plan.backward_step_products && !(s.converts && (s.packed || !small));
   plan.batch_parts = by_rows
                          ? std::clamp<int64_t>(
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)

@@ -7,8 +7,10 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../parallel.h"
+#include "dispatch.h"
 
 namespace fastrnn::cpu {
 
@@ -34,11 +36,13 @@ bool has_tile_product(at::ScalarType type) {
 
 namespace {
 
-/// In float32, block by block, which the threads share: each has three blocks as its workspace,
-/// whatever the size.
+/// By our kernels in T, block by block, which the threads share: each has three blocks as its
+/// workspace, whatever the size.
+template <typename T>
 void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                      bool accumulate) {
   static constexpr int64_t kBlock = 128, kDepth = 64;
+  constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
   const auto block = [](const at::Tensor& t, int64_t row, int64_t rows, int64_t column,
                         int64_t columns) {
     return t.narrow(0, row, std::min(rows, t.size(0) - row))
@@ -48,20 +52,36 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
   run_with_operators(across * down, [&](int64_t i) {
     const int64_t m = i / across * kBlock, n = i % across * kBlock;
     const at::Tensor target = block(out, m, kBlock, n, kBlock);
-    at::Tensor sum = accumulate ? target.to(at::kFloat)
-                                : at::zeros(target.sizes(), target.options().dtype(at::kFloat));
-    for (int64_t k = 0; k < a.size(1); k += kDepth)
-      sum.addmm_(block(a, m, kBlock, k, kDepth).to(at::kFloat),
-                 block(b, k, kDepth, n, kBlock).to(at::kFloat));
-    target.copy_(sum);
+    const at::Tensor sum = accumulate ? target.to(type).contiguous()
+                                      : at::zeros(target.sizes(), target.options().dtype(type));
+    ProductArgs<T> p;
+    p.rows = sum.size(0);
+    p.N = sum.size(1);
+    p.out = {sum.mutable_data_ptr<T>(), p.N};
+    std::vector<T> panels(kernels<T>().packed_size(kDepth, p.N));
+    p.panels = panels.data();
+    p.accumulate = true;
+    for (int64_t k = 0; k < a.size(1); k += kDepth) {
+      const at::Tensor x = block(a, m, kBlock, k, kDepth).to(type).contiguous(),
+                       w = block(b, k, kDepth, n, kBlock).to(type);
+      p.K = x.size(1);
+      p.x = {x.const_data_ptr<T>(), p.K};
+      kernels<T>().pack(w.const_data_ptr<T>(), w.stride(0), w.stride(1), p.K, p.N, panels.data());
+      kernels<T>().product(p);
+    }
+    if (!sum.is_same(target)) target.copy_(sum);
   });
 }
 
 }  // namespace
 
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate) {
-  if (!has_fast_product(out.scalar_type()))
-    multiply_blocks(a, b, out, accumulate);
+  // In a turn BLAS would have one thread or, where the caller is alone, several, which may come
+  // late and would add in another order.
+  if (Turn::inside && a.scalar_type() == at::kDouble)
+    multiply_blocks<double>(a, b, out, accumulate);
+  else if (Turn::inside || !has_fast_product(a.scalar_type()))
+    multiply_blocks<float>(a, b, out, accumulate);
   else if (accumulate)
     out.addmm_(a, b);
   else

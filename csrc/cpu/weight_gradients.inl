@@ -318,7 +318,7 @@ class OuterProduct {
 
 /// sum[n] += sum_row delta[row][n] for the columns n, by parts of kSumRows rows. The parts are
 /// added with what each addition loses carried to the next (Kahan), since there may be thousands of
-/// them.
+/// them; infinite sums lose nothing.
 template <typename T>
 void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum) {
   for (int64_t n = columns.begin; n < columns.end; n += kLanes<T>) {
@@ -331,8 +331,8 @@ void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum)
         const T* d = delta.data + row * delta.row_stride + n;
         part += tail != 0 ? load_tail<T>(d, tail) : load<T>(d);
       }
-      const Vec<T> term = part - lost, next = total + term;
-      lost = (next - total) - term;
+      const Vec<T> term = part - lost, next = total + term, loss = (next - total) - term;
+      lost = loss - loss == 0 ? loss : Vec<T>{};
       total = next;
     }
     if (tail != 0)
