@@ -127,7 +127,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether tracked files differ; None without git."""
+    """The commit that is checked out, and whether tracked files other than results differ; None
+    without git.
+    """
 
     def git(*arguments: str) -> str:
         # The ceiling keeps git from answering for a repository that this folder only lies in.
@@ -137,7 +139,9 @@ def commit() -> dict[str, Any] | None:
         return run.stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+        )
         return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
