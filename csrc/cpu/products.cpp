@@ -36,12 +36,12 @@ bool has_tile_product(at::ScalarType type) {
 
 namespace {
 
-/// By our kernels in T, block by block, which the threads share: each has three blocks as its
+/// By our kernels in T, block by block, which the threads share: each has a few blocks as its
 /// workspace, whatever the size.
 template <typename T>
 void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                      bool accumulate) {
-  static constexpr int64_t kBlock = 128, kDepth = 64;
+  static constexpr int64_t kBlock = 128, kDepth = 128;
   constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
   const auto block = [](const at::Tensor& t, int64_t row, int64_t rows, int64_t column,
                         int64_t columns) {
