@@ -129,13 +129,6 @@ inline Tensor as_rows(const Tensor& t) {
   return t.dim() == 2 ? t : t.reshape({t.size(0) * t.size(1), t.size(2)});
 }
 
-/// `t` with adjacent columns, in `type`; itself where it is so already.
-inline Tensor readable(const Tensor& t, at::ScalarType type) {
-  if (!t.defined()) return t;
-  const Tensor converted = t.scalar_type() == type ? t : t.to(type);
-  return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
-}
-
 /// destination = source, both contiguous and of one type.
 inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
   if (!source.is_cpu()) {

@@ -56,7 +56,7 @@ void add(const Cell& sum, const Cell& part) {
 /// Every gradient in the type of the weights.
 void round(Cell& cell, at::ScalarType type) {
   for (Tensor Cell::* gradient : kGradients)
-    if ((cell.*gradient).defined()) cell.*gradient = (cell.*gradient).to(type);
+    if ((cell.*gradient).defined()) cell.*gradient = converted(cell.*gradient, type);
 }
 
 /// Of each layer, for so many threads.

@@ -12,6 +12,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -28,6 +29,13 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   const bool first = !sum.defined();
   if (first) sum = at::empty({a.size(0), b.size(1)}, a.options());
   multiply(a, b, sum, /*accumulate=*/!first);
+}
+
+/// The sum of all rows: a row of ones times them.
+Tensor sum_as_product(const Tensor& rows) {
+  const Tensor sum = at::empty({1, rows.size(1)}, rows.options());
+  multiply(at::ones({1, rows.size(0)}, rows.options()), rows, sum);
+  return sum[0];
 }
 
 /// Consecutive steps of one direction: what the recurrence reads and writes.
@@ -119,7 +127,7 @@ class DirectionBackward {
       return;
     }
     carry_rows_ = layout_.rows(last);
-    carry_ = rows_at(c, last, 0, carry_rows_).clone();
+    carry_ = converted(rows_at(c, last, 0, carry_rows_), c.delta.scalar_type());
   }
 
   /// The recurrence with a product by ATen in each step, made where delta_t will be:
@@ -162,7 +170,7 @@ class DirectionBackward {
         part.grad_y = readable(narrow_steps(layout_, c.grad_y, part.range, c.range.begin), kType);
       part.delta = make_delta(part.range, kType);
       run_parts(layout_, plan_, std::vector{recurrence_args(part)}, kernels<T>().backward);
-      narrow_steps(layout_, c.delta, part.range, c.range.begin).copy_(part.delta);
+      copy(part.delta, narrow_steps(layout_, c.delta, part.range, c.range.begin));
       keep_carry(part);
     }
   }
@@ -228,13 +236,13 @@ class DirectionBackward {
   void keep_first_delta(const Chunk& c) {
     if (!delta_first_.defined()) return;
     if (!reverse()) {
-      if (c.range.begin == 0) delta_first_.copy_(rows_at(c, 0, 0, layout_.B));
+      if (c.range.begin == 0) copy(rows_at(c, 0, 0, layout_.B), delta_first_);
       return;
     }
     for (int64_t t = c.range.begin; t < c.range.end; ++t) {
       const int64_t ongoing = t + 1 < layout_.T ? layout_.rows(t + 1) : 0;
       const int64_t count = layout_.rows(t) - ongoing;
-      if (count > 0) delta_first_.narrow(0, ongoing, count).copy_(rows_at(c, t, ongoing, count));
+      if (count > 0) copy(rows_at(c, t, ongoing, count), delta_first_.narrow(0, ongoing, count));
     }
   }
 
@@ -293,9 +301,9 @@ class DirectionBackward {
       const Tensor product = at::empty(grad_input.sizes(), grad_input.options().dtype(kType));
       multiply_delta(c, product, /*accumulate=*/false);
       if (accumulate)
-        grad_input.add_(product);
+        run_in_parts(grad_input, product, [](const Tensor& t, const Tensor& p) { t.add_(p); });
       else
-        grad_input.copy_(product);
+        copy(product, grad_input);
       return;
     }
     const Panels<T> w_ih(cell_.w_ih, /*transposed=*/false);
@@ -324,7 +332,8 @@ class DirectionBackward {
   void add_products(const Chunk& c) {
     const Tensor rows = as_rows(c.delta), delta_t = rows.t();
     if (wanted_[2] || wanted_[3]) {
-      const Tensor sum = rows.sum(0);
+      // ATen's sum waits for all threads, however late they come, as its products do.
+      const Tensor sum = has_fast_product(rows.scalar_type()) ? rows.sum(0) : sum_as_product(rows);
       if (sums_.b_ih.defined())
         sums_.b_ih.add_(sum);
       else

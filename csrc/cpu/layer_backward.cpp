@@ -126,7 +126,8 @@ std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::ve
 std::vector<Cell> layers_backward(const BackwardPass& pass) {
   const bool bidirectional = pass.layers[0].directions() == 2;
   // Directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
-  if (bidirectional && pass.wanted[0].input.defined()) pass.wanted[0].input.zero_();
+  if (const Tensor& sum = pass.wanted[0].input; bidirectional && sum.defined())
+    run_in_parts(sum, sum, [](const Tensor& t, const Tensor&) { t.zero_(); });
   return with_kernel_type(pass.outputs[0].scalar_type(), [&](auto number) {
     using T = decltype(number);
     return bidirectional ? run_by_parts<T>(pass, bidirectional_backward<T>)

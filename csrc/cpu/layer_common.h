@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 
@@ -43,6 +44,43 @@ auto with_kernel_type(at::ScalarType given, const Run& run) {
     default:
       return run(float{});
   }
+}
+
+/// run(part of to, the same of from) for all parts of two tensors of one shape. ATen's operators on
+/// so many numbers would ask for all threads by themselves, however late they come.
+template <typename Run>
+void run_in_parts(const Tensor& to, const Tensor& from, const Run& run) {
+  constexpr int64_t kNumbers = (1 << 15) - 1;  // that ATen leaves to one thread
+  if (to.numel() <= kNumbers || available_threads() == 1) return run(to, from);
+  const int64_t count = to.size(0);
+  if (to.numel() / count > kNumbers) {
+    for (int64_t i = 0; i < count; ++i) run_in_parts(to.select(0, i), from.select(0, i), run);
+    return;
+  }
+  const int64_t each = at::divup(count, at::divup(to.numel(), kNumbers));
+  run_with_operators(at::divup(count, each), [&](int64_t i) {
+    const int64_t begin = i * each, end = std::min(count, begin + each);
+    run(to.narrow(0, begin, end - begin), from.narrow(0, begin, end - begin));
+  });
+}
+
+/// to = from, of any types and strides.
+inline void copy(const Tensor& from, const Tensor& to) {
+  run_in_parts(to, from, [](const Tensor& t, const Tensor& f) { t.copy_(f); });
+}
+
+/// A new tensor of this type with the numbers of `t`.
+inline Tensor converted(const Tensor& t, at::ScalarType type) {
+  const Tensor result = at::empty_like(t, t.options().dtype(type));
+  copy(t, result);
+  return result;
+}
+
+/// `t` with adjacent columns, in `type`; itself where it is so already.
+inline Tensor readable(const Tensor& t, at::ScalarType type) {
+  if (!t.defined()) return t;
+  const Tensor result = t.scalar_type() == type ? t : converted(t, type);
+  return result.stride(-1) == 1 || result.size(-1) == 1 ? result : result.contiguous();
 }
 
 inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
@@ -124,7 +162,7 @@ class Panels {
     const bool converts = weight.scalar_type() != type;
     const auto pack = [&](int64_t begin, int64_t end) {
       const int64_t n = begin * kSlice, count = std::min(end * kSlice, N) - n;
-      const Tensor part = converts ? weight.narrow(n_dim, n, count).to(type) : weight;
+      const Tensor part = converts ? converted(weight.narrow(n_dim, n, count), type) : weight;
       const int64_t n_stride = part.stride(n_dim);
       kernels<T>().pack(data_of<T>(part) + (converts ? 0 : n * n_stride), part.stride(k_dim),
                         n_stride, K, count, panels + kernels<T>().packed_size(K, n));

@@ -218,12 +218,11 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
     a.carry = matrix_of<float>(carry);
     a.hx = matrix_of<float>(hx);
     run_parts(layout, plan, std::vector{a}, kernels<float>().forward);
-    target.copy_(y);
+    copy(y, target);
     const int64_t last = reverse ? range.begin : range.end - 1;
     carry_rows = layout.rows(last);
-    carry = y.view({-1, H})
-                .narrow(0, layout.offset(last) - layout.offset(range.begin), carry_rows)
-                .clone();
+    const int64_t first_row = layout.offset(last) - layout.offset(range.begin);
+    carry = converted(y.view({-1, H}).narrow(0, first_row, carry_rows), at::kFloat);
   }
 }
 
