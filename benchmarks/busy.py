@@ -2,8 +2,8 @@
 """`python benchmarks/busy.py`: measure nn.RNN and fastrnn while other processes want the cores.
 
 A number is the mean of some turns' means, not a median: a thread that comes late makes a few calls
-long.
-Each class has a process for each number of threads, as in compare.py, and passes its gate before.
+long. Each class has a process for each number of threads, as in compare.py, and passes its gate
+before.
 """
 
 import argparse

@@ -127,9 +127,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether tracked files other than results differ; None
-    without git.
-    """
+    """The commit that is checked out, and whether more than results differs; None without git."""
 
     def git(*arguments: str) -> str:
         # The ceiling keeps git from answering for a repository that this folder only lies in.

@@ -4,14 +4,12 @@ C++ and by its kernels on the emulator (cuda_engine.cpp)."""
 
 import functools
 import itertools
-import sysconfig
 from pathlib import Path
 
 import cuda_host
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
-from torch.utils import cpp_extension
 
 import fastrnn
 from fastrnn import testing
@@ -30,14 +28,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 @pytest.fixture(scope="session")
 def library():
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return cuda_host.build(
-        *SOURCES,
-        flags=("-std=c++20", "-O1", abi, *(f"-isystem{path}" for path in includes)),
-        link=(f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"),
-    )
+    flags, link = cuda_host.torch_flags()
+    return cuda_host.build(*SOURCES, flags=("-O1", *flags), link=link)
 
 
 @pytest.fixture

@@ -31,10 +31,12 @@ void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   multiply(a, b, sum, /*accumulate=*/!first);
 }
 
-/// The sum of all rows: a row of ones times them.
-Tensor sum_as_product(const Tensor& rows) {
-  const Tensor sum = at::empty({1, rows.size(1)}, rows.options());
-  multiply(at::ones({1, rows.size(0)}, rows.options()), rows, sum);
+/// The sum of all rows. ATen's waits for all threads, however late they come, as its products do;
+/// where these are not fast, a row of ones times the rows.
+Tensor sum_of_rows(const Tensor& rows) {
+  if (has_fast_product(rows.scalar_type())) return rows.sum(0);
+  Tensor sum;
+  add_product(sum, at::ones({1, rows.size(0)}, rows.options()), rows);
   return sum[0];
 }
 
@@ -332,8 +334,7 @@ class DirectionBackward {
   void add_products(const Chunk& c) {
     const Tensor rows = as_rows(c.delta), delta_t = rows.t();
     if (wanted_[2] || wanted_[3]) {
-      // ATen's sum waits for all threads, however late they come, as its products do.
-      const Tensor sum = has_fast_product(rows.scalar_type()) ? rows.sum(0) : sum_as_product(rows);
+      const Tensor sum = sum_of_rows(rows);
       if (sums_.b_ih.defined())
         sums_.b_ih.add_(sum);
       else

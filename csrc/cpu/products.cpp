@@ -69,7 +69,7 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
       kernels<T>().pack(w.const_data_ptr<T>(), w.stride(0), w.stride(1), p.K, p.N, panels.data());
       kernels<T>().product(p);
     }
-    if (!sum.is_same(target)) target.copy_(sum);
+    target.copy_(sum);
   });
 }
 
@@ -78,11 +78,11 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate) {
   // In a turn BLAS would have one thread or, where the caller is alone, several, which may come
   // late and would add in another order.
-  if (Turn::inside && a.scalar_type() == at::kDouble)
-    multiply_blocks<double>(a, b, out, accumulate);
-  else if (Turn::inside || !has_fast_product(a.scalar_type()))
-    multiply_blocks<float>(a, b, out, accumulate);
-  else if (accumulate)
+  if (Turn::inside || !has_fast_product(a.scalar_type())) {
+    const bool is_double = a.scalar_type() == at::kDouble;
+    return (is_double ? multiply_blocks<double> : multiply_blocks<float>)(a, b, out, accumulate);
+  }
+  if (accumulate)
     out.addmm_(a, b);
   else
     at::mm_out(out, a, b);

@@ -12,10 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import weakref
 from pathlib import Path
 
 import torch
+from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -71,6 +73,17 @@ def compile_source(source, flags):
 
 
 @functools.cache
+def torch_flags():
+    """What compiles and what links a source that includes torch."""
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = Path(torch.__file__).parent / "lib"
+    return (
+        ("-std=c++20", abi, *(f"-isystem{path}" for path in includes)),
+        (f"-L{libraries}", "-ltorch_cpu", "-lc10"),
+    )
+
+
 def build(*sources, flags=(), link=()):
     """The Library of the sources (absolute paths), compiled unless this was done before."""
     emulator = sorted(HERE.glob("*.cpp"))
