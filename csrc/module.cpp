@@ -133,7 +133,6 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   shape.packed = false;
   fastrnn::cpu::set_type(shape, dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
-  shape.I = H * directions;
   const fastrnn::cpu::StackPlan stack =
       fastrnn::cpu::plan_stack(shape, num_layers, at::get_num_threads());
   py::dict result;
@@ -143,6 +142,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["step_products"] = plan.step_products;
   result["backward_step_products"] = plan.backward_step_products;
   result["pack_weights"] = plan.pack_weights;
+  result["backward_packs"] = plan.backward_packs;
   result["pack_input_weights"] = plan.pack_input_weights;
   result["own_gradients"] = plan.own_gradients;
   result["parallel"] = plan.parallel;
@@ -150,11 +150,14 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["batch_parts"] = plan.batch_parts;
   result["column_blocks"] = plan.column_blocks;
   result["backward_steps"] = plan.backward_steps;
+  result["gradient_steps"] = plan.gradient_steps;
   result["converts"] = plan.converts;
   result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
   result["layer_threads"] = stack.threads;
   result["layer_steps"] = stack.steps;
+  result["multiplies_first"] = stack.multiplies_first;
+  result["keeps_panels"] = stack.keeps_panels;
   return result;
 }
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of a stack that run side by side, where one alone leaves threads idle."""
+"""What runs side by side where a step has no work for two threads: the layers of a stack, a layer's
+walk and its products, and in backward the walk and the weights' gradients."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from fastrnn import _C, testing
 from fastrnn.testing import Case
 
 # x in the step and before, all layers in a thread each and fewer threads than layers, a last part
-# that is short, weights packed and not.
+# that is short, weights packed and not, once and for every part; a first layer with many features;
+# one layer.
 CASES = [
     Case(131, 1, 3, 128, num_layers=2),
     Case(131, 1, 128, 128, num_layers=5, hx=True),
@@ -19,6 +21,22 @@ CASES = [
     Case(301, 1, 7, 90, num_layers=4, bias=False, unbatched=True),
     Case(0, 0, 3, 128, num_layers=3, lengths=(83, 91, 2), hx=True),
     Case(0, 0, 50, 100, num_layers=2, lengths=(1, 250)),
+    Case(131, 1, 300, 128, num_layers=2, hx=True),
+    Case(131, 1, 128, 128),
+    Case(500, 1, 40, 72, hx=True, batch_first=True),
+    Case(83, 2, 200, 160, nonlinearity="relu", hx=True),
+    Case(0, 0, 100, 128, lengths=(1, 250), hx=True),
+]
+
+# One chunk of backward and several, parts that are short, one row and several, the input's product
+# before and in the step, tails; sequences that end at different steps; layers.
+WALKS = [
+    Case(131, 1, 3, 128, hx=True),
+    Case(1000, 1, 64, 64),
+    Case(300, 3, 20, 100, nonlinearity="relu", batch_first=True, bias=False),
+    Case(203, 2, 150, 70, hx=True, num_layers=2),
+    Case(100, 2, 40, 210, hx=True),
+    Case(0, 0, 60, 90, lengths=(150, 3, 170), hx=True),
 ]
 
 
@@ -33,9 +51,11 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
         assert (plan["layer_threads"], plan["layer_steps"]) == (1, 100)
     with threads(2):
         plan = plan_of(Case(100, 1, 128, 128, num_layers=4), torch.float32)
-        assert (plan["layer_threads"], plan["layer_steps"]) == (2, 50)
+        assert (plan["layer_threads"], plan["layer_steps"]) == (2, 25)
+        assert plan_of(Case(100, 1, 128, 128), torch.float32)["layer_threads"] == 2
         for other in (
-            Case(100, 1, 128, 128),  # no stack
+            Case(100, 1, 3, 128),  # one layer, and no product beside it
+            Case(100, 1, 300, 128),  # one layer, its product too large for a single thread
             Case(100, 1, 64, 64, num_layers=4),  # too little work
             Case(100, 32, 128, 128, num_layers=4),  # rows for all threads
             Case(100, 1, 512, 512, num_layers=4),  # columns for all threads
@@ -45,7 +65,8 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
         both = _C.cpu_plan(100, 1, 128, 128, directions=2, num_layers=4)
         assert both["layer_threads"] == 1
     with threads(16):
-        assert plan_of(Case(1000, 1, 128, 128, num_layers=3), torch.float32)["layer_threads"] == 3
+        assert plan_of(Case(1000, 1, 3, 128, num_layers=3), torch.float32)["layer_threads"] == 6
+        assert plan_of(Case(1000, 3, 3, 128, num_layers=3), torch.float32)["layer_threads"] == 3
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -57,6 +78,45 @@ def test_results_and_gradients_of_layers_side_by_side_are_right(case, dtype, cou
         assert plan["layer_threads"] > 1 or plan["converts"]
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+def test_weights_gradients_are_made_beside_a_walk_by_one_thread():
+    with threads(1):
+        assert plan_of(Case(100, 1, 128, 128), torch.float32)["gradient_steps"] == 100
+    with threads(2):
+        assert plan_of(Case(100, 1, 128, 128), torch.float32)["gradient_steps"] == 17
+        for other in (
+            Case(100, 1, 32, 32),  # too little work
+            Case(100, 32, 64, 64),  # rows for all threads
+            Case(100, 1, 512, 512),  # columns for all threads
+        ):
+            assert plan_of(other, torch.float32)["gradient_steps"] == 100
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_results_and_gradients_made_beside_a_walk_are_right(case, dtype, count):
+    with threads(count):
+        plan = plan_of(case, dtype)
+        beside = plan["gradient_steps"] < mean_sizes(case)[0]
+        assert beside or dtype == torch.bfloat16 or (count > 2 and plan["column_blocks"] > 1)
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+@pytest.mark.parametrize("wanted", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+def test_one_gradient_alone_is_that_of_all(wanted):
+    case = WALKS[0]
+    module = case.module(fastrnn.RNN, torch.float32)
+    x, hx = case.arguments(torch.float32)
+    with threads(2):
+        module(x[0], hx)[0].sum().backward()
+        gradients = {name: w.grad for name, w in module.named_parameters()}
+        for name, weight in module.named_parameters():
+            weight.requires_grad_(name == wanted).grad = None
+        module(x[0], hx)[0].sum().backward()
+    assert torch.equal(module.get_parameter(wanted).grad, gradients[wanted])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -78,9 +138,9 @@ def test_an_input_whose_columns_are_apart_is_read_right():
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_every_call_gives_the_same_bits(mode):
+@pytest.mark.parametrize("case", [CASES[1], CASES[8]], ids=str)
+def test_every_call_gives_the_same_bits(case, mode):
     """Whichever thread takes a part, and whether or not the results are kept for backward."""
-    case = CASES[1]
     module = case.module(fastrnn.RNN, torch.float32)
     with threads(2):
         first = outputs(module, case)
@@ -98,14 +158,23 @@ import torch, fastrnn
 from fastrnn import _C
 torch.set_num_threads(4)
 assert _C.cpu_plan(300, 1, 3, 128, num_layers=4)["layer_threads"] == 4
-module = fastrnn.RNN(3, 128, 4)
-x = torch.randn(300, 1, 3)
-with torch.inference_mode():
-    together = module(x)
+assert _C.cpu_plan(300, 1, 128, 128)["layer_threads"] == 2
+assert _C.cpu_plan(300, 1, 3, 128)["gradient_steps"] < 300
+for I, layers in (3, 4), (128, 1):
+    module = fastrnn.RNN(I, 128, layers)
+    x = torch.randn(300, 1, I)
+
+    def run():
+        module.zero_grad()
+        results = module(x)
+        sum(y.square().sum() for y in results).backward()
+        return *results, *(p.grad for p in module.parameters())
+
+    torch.set_num_threads(4)
+    together = run()
     torch.set_num_threads(1)
-    alone = module(x)
-for ours, right in zip(together, alone):
-    torch.testing.assert_close(ours, right)
+    for ours, right in zip(together, run()):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 print("right")
 """
 

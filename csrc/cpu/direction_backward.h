@@ -19,6 +19,7 @@
 #include <cstring>
 
 #include "layer_common.h"
+#include "wavefront.h"
 
 namespace fastrnn::cpu {
 
@@ -64,7 +65,7 @@ class DirectionBackward {
         H_(layer.hidden_size()),
         wanted_(wanted.cells[d]),
         chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()),
-        packs_(plan.pack_weights || kernels<T>().padded_columns(H_) != H_) {
+        packs_(plan.backward_packs || kernels<T>().padded_columns(H_) != H_) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], chunk_type_);
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
@@ -177,12 +178,42 @@ class DirectionBackward {
     }
   }
 
+  /// Whether the weights' gradients are made beside the walk.
+  bool makes_gradients_beside() const {
+    return plan_.gradient_steps < layout_.T && wants_weights();
+  }
+
+  /// The recurrence of a chunk by one thread; others make the gradients of parts that are walked,
+  /// of which each row is as much work as the walk. Slabs: some for the walk's thread in the end.
+  void walk_beside_gradients(const Chunk& c) {
+    const int64_t threads = std::min(available_threads(), layout_.B + 1), slabs = 2 * threads;
+    const BackwardArgs<T> walk = recurrence_args(c);
+    const OuterProducts products = outer_products(c, slabs);
+    const auto part = [&](int64_t i) {
+      return part_of(c.range, plan_.gradient_steps, i, /*descending=*/true);
+    };
+    run_led(
+        parts_in(c.range, plan_.gradient_steps), slabs, threads,
+        [&](int64_t i) {
+          BackwardArgs<T> a = walk;
+          a.row_end = layout_.B;
+          a.steps.begin = part(i).begin;
+          a.steps.end = part(i).end;
+          if (i > 0) {
+            a.steps.carry_rows = layout_.rows(a.steps.end);
+            a.carry = {a.delta.row(a.steps.end, 0), a.delta.row_stride};
+          }
+          kernels<T>().backward(a);
+        },
+        [&](int64_t slab, int64_t i) { products.add(slab, part(i), rows_before(part(i))); });
+  }
+
   /// Everything that is made of a chunk's delta. grad_input: of the chunk's steps, added to where
   /// `accumulate`, undefined if not wanted.
   void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
     keep_first_delta(c);
     if (plan_.own_gradients) {
-      add_outer_products(c);
+      if (!makes_gradients_beside()) add_outer_products(c);
       if (grad_input.defined()) multiply_delta(c, grad_input, accumulate);
     } else {
       add_products(c);
@@ -226,6 +257,8 @@ class DirectionBackward {
     return at::empty({range.end - range.begin, layout_.B, H_}, options);
   }
 
+  bool wants_weights() const { return wanted_[0] || wanted_[1] || wanted_[2] || wanted_[3]; }
+
   int64_t last_step(const Chunk& c) const { return reverse() ? c.range.end - 1 : c.range.begin; }
 
   /// Rows [first, first + count) of delta at step t.
@@ -248,18 +281,31 @@ class DirectionBackward {
     }
   }
 
-  /// Weight gradients by one pass of our own over the steps.
-  void add_outer_products(const Chunk& c) {
-    if (!wanted_[0] && !wanted_[1] && !wanted_[2] && !wanted_[3]) return;
-    const Tensor x =
-        wanted_[0] ? readable(narrow_steps(layout_, input_, c.range), kType) : Tensor();
-    WeightGradientArgs<T> a;
+  /// The weights' gradients by our kernel: one pass over a chunk's steps, or several over parts.
+  struct OuterProducts {
+    WeightGradientArgs<T> args;
+    Tensor x, workspace;
+
+    /// Part `i` of args.parts, over the steps `range`, the state before which has `carry_rows`.
+    void add(int64_t i, Range range, int64_t carry_rows) const {
+      WeightGradientArgs<T> a = args;
+      a.part = i;
+      a.steps.begin = range.begin;
+      a.steps.end = range.end;
+      a.steps.carry_rows = carry_rows;
+      if (a.workspace) a.workspace += i * a.packed_rows * kernels<T>().packed_columns;
+      kernels<T>().weight_gradients(a);
+    }
+  };
+
+  OuterProducts outer_products(const Chunk& c, int64_t parts) {
+    OuterProducts products;
+    if (wanted_[0]) products.x = readable(narrow_steps(layout_, input_, c.range), kType);
+    WeightGradientArgs<T>& a = products.args;
     a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/reverse(), 0);
-    const int64_t before = reverse() ? c.range.end : c.range.begin - 1;
-    if (before >= 0 && before < layout_.T) a.steps.carry_rows = layout_.rows(before);
     a.I = cell_.w_ih.size(1);
     a.H = H_;
-    a.x = sequence_of<const T>(layout_, x, c.range.begin, 0);
+    a.x = sequence_of<const T>(layout_, products.x, c.range.begin, 0);
     a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
     a.hx = matrix_of<T>(hx_);
     a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
@@ -275,26 +321,31 @@ class DirectionBackward {
     a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});
     if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
     if (!grad_b_.empty()) a.grad_b = grad_b_.data();
-    a.parts = plan_.parallel ? available_threads() : 1;
-    Tensor workspace;
+    a.parts = parts;
     const int64_t columns = kernels<T>().packed_columns;
     if (columns > 0) {
       // An eighth of delta's memory, if that is enough rows.
       constexpr int64_t kLeastRows = 128;
       const int64_t rows = c.delta.numel() / 8 / (a.parts * columns) / 2 * 2;
       a.packed_rows = std::clamp(rows, kLeastRows, kernels<T>().packed_rows);
-      workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
-      a.workspace = mutable_data_of<T>(workspace);
+      products.workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
+      a.workspace = mutable_data_of<T>(products.workspace);
     }
-    const auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        WeightGradientArgs<T> part = a;
-        part.part = i;
-        if (a.workspace) part.workspace += i * a.packed_rows * columns;
-        kernels<T>().weight_gradients(part);
-      }
-    };
-    share(a.parts, 1, run);
+    return products;
+  }
+
+  /// Rows of the state before the steps `range`, in forward order.
+  int64_t rows_before(Range range) const {
+    const int64_t before = reverse() ? range.end : range.begin - 1;
+    return before >= 0 && before < layout_.T ? layout_.rows(before) : 0;
+  }
+
+  void add_outer_products(const Chunk& c) {
+    if (!wants_weights()) return;
+    const OuterProducts products = outer_products(c, plan_.parallel ? available_threads() : 1);
+    share(products.args.parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) products.add(i, c.range, rows_before(c.range));
+    });
   }
 
   /// grad_x = [grad_x +] delta W_ih by our kernel.

@@ -29,7 +29,9 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
     return;
   }
   for (size_t d = 0; d < count; ++d) walks[d].pack();
-  if (converts_in_parts(plan)) {
+  if (walks[0].makes_gradients_beside()) {
+    walks[0].walk_beside_gradients(chunks[0]);
+  } else if (converts_in_parts(plan)) {
     if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;

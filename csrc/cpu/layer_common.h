@@ -125,7 +125,8 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
     data = mutable_data_of<T>(chunk);
   Sequence<T> s;
   s.step_stride = layout.packed() ? 0 : chunk.stride(0);
-  s.row_stride = layout.packed() ? chunk.stride(0) : chunk.stride(1);
+  // One row has any stride: then that of the steps, so that rows of all steps are a matrix.
+  s.row_stride = layout.packed() || chunk.size(1) == 1 ? chunk.stride(0) : chunk.stride(1);
   s.first_row = layout.packed() ? first_row.data() : nullptr;
   const int64_t before = s.first_row ? first_row[begin] * s.row_stride : begin * s.step_stride;
   s.data = data + column - before;

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 
 #include <cstring>
+#include <optional>
 
 #include "layer_common.h"
 #include "wavefront.h"
@@ -105,8 +106,7 @@ bool is_matrix(const Tensor& t) {
 /// first), and then read as it is, by sequences or by steps, of which there are fewer.
 template <typename T>
 void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
-                        const Tensor& out) {
-  const Panels<T> panels(weight, /*transposed=*/true);
+                        const Panels<T>& panels, const Tensor& out) {
   if (is_matrix(x)) {
     ProductArgs<T> a = product_args<T>(as_rows(x), weight, as_rows(out));
     a.panels = panels.data();
@@ -127,18 +127,31 @@ void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
   share(count, 1, run, each_alone);
 }
 
-/// x W_ih^T for the steps `range`, written where the outputs will be.
+/// Whether the input's product reads packed weights, and x of any strides.
+bool packs_for_product(const Plan& plan) { return plan.own_products && !plan.own_input_product; }
+
+/// Of every direction, for multiply_input.
 template <typename T>
-void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
-                    Range range, const Tensor& output) {
-  const bool any_strides = plan.own_products && !plan.own_input_product;
+std::vector<Panels<T>> input_panels(const Plan& plan, const Layer& layer) {
+  std::vector<Panels<T>> panels(layer.directions());
+  if (packs_for_product(plan))
+    for (int64_t d = 0; d < layer.directions(); ++d)
+      panels[d] = Panels<T>(layer.cells[d].w_ih, /*transposed=*/true);
+  return panels;
+}
+
+/// x W_ih^T for the steps `range`, written where the outputs will be. panels: as input_panels.
+template <typename T>
+void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer,
+                    const std::vector<Panels<T>>& panels, const Tensor& x, Range range,
+                    const Tensor& output) {
   const Tensor part = narrow_steps(layout, x, range), out = narrow_steps(layout, output, range);
-  const Tensor rows = any_strides ? part : as_rows(part);
+  const Tensor rows = packs_for_product(plan) ? part : as_rows(part);
   for (int64_t d = 0; d < layer.directions(); ++d) {
     const Tensor& w_ih = layer.cells[d].w_ih;
     const Tensor target = narrow_direction(out, d, layer.hidden_size());
-    if (any_strides)
-      multiply_many_rows<T>(plan, rows, w_ih, target);
+    if (packs_for_product(plan))
+      multiply_many_rows<T>(plan, rows, w_ih, panels[d], target);
     else if (plan.own_input_product)
       multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
     else
@@ -146,26 +159,33 @@ void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, 
   }
 }
 
-/// Tensors of type T: the outputs are the workspace, and directions run side by side. Steps
-/// `range`: all, or in one direction those that follow after the ones that have been run.
+/// The recurrence's arguments for direction d and the steps `range`: all, or in one direction those
+/// that follow after the ones that have been run. Tensors of type T: the outputs are the workspace.
+template <typename T>
+ForwardArgs<T> forward_args(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
+                            const PreparedCell<T>& cell, const Tensor& x, const Tensor& hx,
+                            Range range, const Tensor& output) {
+  const int64_t H = layer.hidden_size();
+  const int64_t carry_rows = range.begin == 0 ? 0 : layout.rows(range.begin - 1);
+  ForwardArgs<T> a = cell.args();
+  a.steps = steps_of(layout, range.begin, range.end, /*descending=*/d == 1, carry_rows);
+  a.activation = layer.activation;
+  if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
+  a.y = sequence_of<T>(layout, output, 0, d * H);
+  if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.position(range.begin - 1) * H, H};
+  if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
+  return a;
+}
+
+/// Directions run side by side.
 template <typename T>
 void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
-                    const std::vector<PreparedCell<T>>& cells, const Tensor& x, Range range,
+                    const std::vector<PreparedCell<T>>& cells, const Tensor& x,
                     const Tensor& output) {
-  const int64_t D = layer.directions(), H = layer.hidden_size();
   const Tensor hx = readable(layer.hx, output.scalar_type());
   std::vector<ForwardArgs<T>> args;
-  for (int64_t d = 0; d < D; ++d) {
-    ForwardArgs<T> a = cells[d].args();
-    const int64_t carry_rows = range.begin == 0 ? 0 : layout.rows(range.begin - 1);
-    a.steps = steps_of(layout, range.begin, range.end, /*descending=*/d == 1, carry_rows);
-    a.activation = layer.activation;
-    if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
-    a.y = sequence_of<T>(layout, output, 0, d * H);
-    if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.position(range.begin - 1) * H, H};
-    if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
-    args.push_back(a);
-  }
+  for (int64_t d = 0; d < layer.directions(); ++d)
+    args.push_back(forward_args<T>(layout, plan, layer, d, cells[d], x, hx, {0, layout.T}, output));
   run_parts(layout, plan, args, kernels<T>().forward);
 }
 
@@ -242,20 +262,69 @@ void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Lay
   });
 }
 
+/// Layers of one direction, or one: each part of the sequence by one thread. While that walks
+/// through a layer, another multiplies what the part after it reads there. Every thread packs
+/// weights for itself: what another has packed would take longer to reach it.
+template <typename T>
+void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
+                      at::TensorList outputs, const StackPlan& stack) {
+  const Range all{0, layout.T};
+  const int64_t count = static_cast<int64_t>(layers.size());
+  const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
+  const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
+  if (!first.fuse_input && !stack.multiplies_first)
+    multiply_input<T>(layout, first, layers[0], input_panels<T>(first, layers[0]), x, all,
+                      outputs[0]);
+  std::vector<Plan> plans;
+  std::vector<Tensor> hx;
+  for (const Layer& layer : layers) {
+    plans.push_back(plan_layer(layer_shape(layout, layer), /*threads=*/1));
+    hx.push_back(readable(layer.hx, x.scalar_type()));
+    TORCH_INTERNAL_ASSERT(!plans.back().step_products && !plans.back().converts);
+  }
+  struct Prepared {
+    std::optional<std::vector<Panels<T>>> w_ih;
+    std::optional<PreparedCell<T>> cell;
+  };
+  std::vector<Prepared> prepared(stack.threads * count);
+  const auto run = [&](int64_t thread, int64_t l, int64_t part, const auto& in_order) {
+    const Layer& layer = layers[l];
+    const Plan& plan = plans[l];
+    const Tensor& input = l > 0 ? layer.input : x;
+    const Range range = part_of(all, stack.steps, part, /*descending=*/false);
+    auto& [w_ih, cell] = prepared[thread * count + l];
+    if (!plan.fuse_input && (l > 0 || stack.multiplies_first)) {
+      if (!w_ih) w_ih = input_panels<T>(plan, layer);
+      multiply_input<T>(layout, plan, layer, *w_ih, input, range, outputs[l]);
+      if (!stack.keeps_panels) w_ih.reset();
+    }
+    if (!cell) cell.emplace(layer.cells[0], plan, /*reads_state=*/true);
+    ForwardArgs<T> a =
+        forward_args<T>(layout, plan, layer, 0, *cell, input, hx[l], range, outputs[l]);
+    a.row_end = layout.B;
+    in_order([&] { kernels<T>().forward(a); });
+    if (!stack.keeps_panels) cell.reset();
+  };
+  run_wavefront(count, parts_in(all, stack.steps), stack.threads, run);
+}
+
 /// T: the type computed in.
 template <typename T>
 void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) {
   const LayerShape shape = layer_shape(layout, layer);
   const Plan plan = plan_layer(shape, available_threads());
+  const StackPlan alone = plan_stack(shape, /*layers=*/1, available_threads());
+  if (alone.threads > 1) return stack_forward_as<T>(layout, {layer}, {output}, alone);
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
-  if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, {0, layout.T}, output);
+  if (!plan.fuse_input)
+    multiply_input<T>(layout, plan, layer, input_panels<T>(plan, layer), x, {0, layout.T}, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
   if (!plan.step_products && !plan.converts)
-    return forward_native<T>(layout, plan, layer, cells, x, {0, layout.T}, output);
+    return forward_native<T>(layout, plan, layer, cells, x, output);
   const bool by_rows = plan.fuse_input && plan.row_blocks > 1 && !layout.packed();
   for (int64_t d = 0; d < D; ++d) {
     if (plan.step_products)
@@ -266,34 +335,8 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   }
 }
 
-/// Layers of one direction side by side. Weights are packed anew for every part of the sequence:
-/// what one thread has packed would take longer to reach another.
-template <typename T>
-void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
-                      at::TensorList outputs, const StackPlan& stack) {
-  const Range all{0, layout.T};
-  const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
-  // The first layer may have more features than the others, and all its input is there.
-  const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
-  if (!first.fuse_input) multiply_input<T>(layout, first, layers[0], x, all, outputs[0]);
-  const auto run = [&](int64_t l, int64_t part) {
-    const Layer& layer = layers[l];
-    const LayerShape shape = layer_shape(layout, layer);
-    const Plan plan = plan_layer(shape, /*threads=*/1);
-    TORCH_INTERNAL_ASSERT(!plan.step_products && !plan.converts);
-    const std::vector<PreparedCell<T>> cells{{layer.cells[0], plan, shape.state_rows > 0}};
-    const Range range = part_of(all, stack.steps, part, /*descending=*/false);
-    if (l > 0 && !plan.fuse_input)
-      multiply_input<T>(layout, plan, layer, layer.input, range, outputs[l]);
-    forward_native<T>(layout, plan, layer, cells, l > 0 ? layer.input : x, range, outputs[l]);
-  };
-  run_wavefront(layers.size(), parts_in(all, stack.steps), stack.threads, run);
-}
-
 StackPlan stack_plan(const Layout& layout, const Layer& first, int64_t layers) {
-  LayerShape shape = layer_shape(layout, first);
-  shape.I = shape.H;
-  return plan_stack(shape, layers, available_threads());
+  return plan_stack(layer_shape(layout, first), layers, available_threads());
 }
 
 }  // namespace

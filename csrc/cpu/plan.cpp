@@ -20,9 +20,9 @@ constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 1
 // still better than any hand-over.
 constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
 // Threads share a step where it takes twice as long as handing the state over in each step
-// (elements of W_hh that are read, or half the multiply-adds), and there are so many columns for
-// each.
-constexpr int64_t kWorkToShare = 1 << 15, kColumnsPerBlock = 64;
+// (multiply-adds, or, with one or two rows, elements of W_hh that are read: there a thread that
+// walks alone has its products made beside it), and there are so many columns for each.
+constexpr int64_t kWorkToShare = 1 << 16, kElementsToShare = 3 << 14, kColumnsPerBlock = 64;
 // Up to these sizes gradients are ours in every type and on any processor: sums in float32 are
 // small there, and parts of the batch bring more than ATen's products.
 constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
@@ -53,10 +53,12 @@ constexpr int64_t kLargePanelBytes = 1 << 20;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
 constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
-// Parts of a sequence for each thread, where layers run side by side: some, so that all are busy
-// most of the time, but of so many multiply-adds in each layer that starting one, some 7 us, counts
-// little.
-constexpr int64_t kStackParts = 4, kWorkPerPart = 1 << 20;
+// Parts of a sequence, where layers, or a walk and the products around it, run side by side: a few
+// for each thread, so that all are busy most of the time, but of so many multiply-adds that what a
+// part costs besides, some microseconds, counts little; where each packs its weights, of as many
+// rows as make that worth it. A first layer's product with more features than this, of H, is made
+// before by all threads, which pack its weights once.
+constexpr int64_t kPartsPerThread = 8, kWorkPerPart = 1 << 19, kRowsPerPacking = 24, kWideInput = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -139,7 +141,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
                                         1, threads);
   plan.column_blocks = 1;
   const int64_t rows = mean_rows(s) / plan.row_blocks;
-  if (!plan.step_products && std::max<int64_t>(2, rows) * s.H * s.H / 2 >= kWorkToShare)
+  const int64_t elements = s.H * s.H;
+  if (!plan.step_products &&
+      (rows <= 2 ? elements >= kElementsToShare : rows * elements >= kWorkToShare))
     plan.column_blocks = std::clamp<int64_t>(
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
@@ -152,21 +156,39 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
                          : 1;
 
   plan_chunks(s, plan);
+  const bool walks_alone = together * plan.row_blocks * plan.column_blocks * plan.batch_parts == 1;
+  plan.gradient_steps = s.T;
+  if (plan.parallel && walks_alone && plan.own_gradients && !plan.backward_step_products &&
+      !s.converts)
+    plan.gradient_steps =
+        divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, 2 * kPartsPerThread));
+  // A large panel would be in memory beside the gradients; one row needs none.
+  plan.backward_packs =
+      plan.pack_weights && (plan.gradient_steps == s.T || s.B > 1 || s.H < kSmallHidden);
   return plan;
 }
 
-StackPlan plan_stack(const LayerShape& s, int64_t layers, int64_t threads) {
-  StackPlan stack{1, s.T};
-  const Plan plan = plan_layer(s, threads);
-  const int64_t walks = plan.row_blocks * plan.column_blocks;
-  if (layers == 1 || s.directions == 2 || s.converts || plan.step_products || walks > 1)
-    return stack;
-  const int64_t work = s.total_rows * (s.I + s.H) * s.H;
-  const int64_t parts = work / kWorkPerPart;
-  stack.threads = std::clamp<int64_t>(parts, 1, std::min(threads, layers));
-  if (stack.threads > 1)
-    stack.steps =
-        divide_up(s.T, stack.threads * std::clamp<int64_t>(parts / stack.threads, 1, kStackParts));
+StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
+  const StackPlan by_layers{1, first.T, false, false};
+  if (threads == 1 || first.directions == 2 || first.converts) return by_layers;
+  LayerShape layer = first;
+  if (layers > 1) layer.I = first.H;
+  const Plan plan = plan_layer(layer, threads);
+  if (plan.step_products || plan.row_blocks * plan.column_blocks > 1) return by_layers;
+  StackPlan stack;
+  stack.multiplies_first = plan.own_products && first.I <= kWideInput * first.H;
+  // A layer has work for two threads at most: one walks, one multiplies.
+  const bool multiplies = !plan.fuse_input && (layers > 1 || stack.multiplies_first);
+  if (layers == 1 && !multiplies) return by_layers;
+  int64_t parts = first.total_rows * (layer.I + first.H) * first.H / kWorkPerPart;
+  stack.threads =
+      std::clamp<int64_t>(parts, 1, std::min(threads, multiplies ? 2 * layers : layers));
+  if (stack.threads == 1) return by_layers;
+  // Panels are in memory as long as the call where they are less than its outputs.
+  stack.keeps_panels = stack.threads * (layer.I + first.H) <= first.total_rows;
+  if (!stack.keeps_panels) parts = std::min(parts, first.total_rows / kRowsPerPacking);
+  const int64_t each = std::clamp<int64_t>(parts / stack.threads, 1, kPartsPerThread);
+  stack.steps = divide_up(first.T, stack.threads * each);
   return stack;
 }
 

@@ -26,6 +26,7 @@ struct Plan {
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
   bool backward_step_products;  // the same in backward
   bool pack_weights;  // into panels; else they are read as they are (backward: whole vectors only)
+  bool backward_packs;      // W_hh in backward
   bool pack_input_weights;  // the same for W_ih, where x is read in the step
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other
@@ -34,6 +35,7 @@ struct Plan {
   int64_t batch_parts;      // that go through all of backward side by side; 1: chunk by chunk
   bool own_gradients;       // of weights and input by our kernels; else ATen's matrix products
   int64_t backward_steps;   // steps per chunk of the backward workspace
+  int64_t gradient_steps;   // of parts whose weight gradients are made beside the walk; T: after it
   bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)
 };
@@ -41,14 +43,16 @@ struct Plan {
 /// `threads`: what at::get_num_threads() says, 1 inside a parallel region.
 Plan plan_layer(const LayerShape& shape, int64_t threads);
 
-/// How the layers of a stack in one direction run.
+/// How layers in one direction run, one or a stack, that have neither rows nor columns for all
+/// threads.
 struct StackPlan {
-  int64_t threads;  // that run layers side by side; 1: one after the other, each by all threads
-  int64_t steps;    // of a part of the sequence, which a layer runs when the one before has
+  int64_t threads;        // that take parts of the sequence through all layers; 1: layer by layer
+  int64_t steps;          // of such a part
+  bool multiplies_first;  // the first layer's product with the input is made part by part too
+  bool keeps_panels;      // a thread packs weights once, and not anew for every part
 };
 
-/// `layer`: any of `layers` but the first, which may have other features: its product with the
-/// input is made before.
-StackPlan plan_stack(const LayerShape& layer, int64_t layers, int64_t threads);
+/// `first`: of `layers` layers; the others have H features.
+StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads);
 
 }  // namespace fastrnn::cpu

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Layers of a stack side by side: while one thread takes a part of the sequence through the upper
-// layers, another takes the part after it through the lower ones.
+// Side by side what one thread does part by part of a sequence, and what needs those parts: layers,
+// the products before a walk, and those after it.
 #pragma once
 
 #include <atomic>
@@ -11,37 +11,80 @@
 
 namespace fastrnn::cpu {
 
-/// Calls run(layer, part) once for every layer and part, after run(layer - 1, part) and
-/// run(layer, part - 1). A part has one thread, so that what passes between threads is a layer's
-/// last state; a thread that never comes is not missed, since the others claim its parts.
+constexpr int64_t kPatience = 4000;  // turns of waiting, some microseconds
+
+/// Calls run(layer, part, in_order) once for every layer and part, after run(layer - 1, part). In
+/// it in_order(walk) calls walk when the part before has been walked in this layer; the rest of run
+/// waits for nothing. A part has one thread, so that what passes between threads is a layer's last
+/// state; a thread that never comes is not missed, since the others claim its parts.
 template <typename Run>
 void run_wavefront(int64_t layers, int64_t parts, int64_t threads, const Run& run) {
-  constexpr int64_t kPatience = 4000;  // turns of waiting, some microseconds
   struct alignas(64) Progress {
-    std::atomic<int64_t> parts{0};  // that a layer has done
+    std::atomic<int64_t> parts{0};  // that have been walked in a layer
   };
   std::vector<Progress> done(layers);
   std::atomic<int64_t> next_part{0};
   std::atomic<bool> failed{false};
-  const auto take_parts = [&] {
+  const auto take_parts = [&](int64_t thread) {
     for (int64_t part = next_part++; part < parts; part = next_part++) {
-      for (int64_t layer = 0; layer < layers; ++layer) {
-        std::atomic<int64_t>& progress = done[layer].parts;
-        for (int64_t turn = 0; progress.load(std::memory_order_acquire) < part; ++turn) {
-          if (failed) return;
-          if (turn >= kPatience) give_way();
-        }
-        run(layer, part);
-        progress.store(part + 1, std::memory_order_release);
+      for (int64_t layer = 0; layer < layers && !failed; ++layer) {
+        run(thread, layer, part, [&](const auto& walk) {
+          std::atomic<int64_t>& progress = done[layer].parts;
+          for (int64_t turn = 0; progress.load(std::memory_order_acquire) < part; ++turn) {
+            if (failed) return;
+            if (turn >= kPatience) give_way();
+          }
+          walk();
+          progress.store(part + 1, std::memory_order_release);
+        });
       }
     }
   };
-  run_with_operators(threads, [&](int64_t) {
+  run_with_operators(threads, [&](int64_t thread) {
     try {
-      take_parts();
+      take_parts(thread);
     } catch (...) {
       failed = true;
       throw;
+    }
+  });
+}
+
+/// Calls lead(part) for all parts, one after the other in one thread, and follow(slab, part) for
+/// every slab and part, after lead(part), in the order of the parts: in other threads, and in that
+/// one when all is led. Neither throws.
+template <typename Lead, typename Follow>
+void run_led(int64_t parts, int64_t slabs, int64_t threads, const Lead& lead,
+             const Follow& follow) {
+  struct alignas(64) Progress {
+    std::atomic<bool> taken{false};  // a thread is in the slab
+    std::atomic<int64_t> parts{0};   // that are done
+  };
+  std::vector<Progress> done(slabs);
+  std::atomic<int64_t> led{0};
+  /// Whether the slab is done.
+  const auto go_on = [&](int64_t slab) {
+    Progress& p = done[slab];
+    if (p.taken.exchange(true, std::memory_order_acquire)) return false;
+    int64_t part = p.parts.load(std::memory_order_relaxed);
+    for (; part < led.load(std::memory_order_acquire); ++part) follow(slab, part);
+    p.parts.store(part, std::memory_order_relaxed);
+    p.taken.store(false, std::memory_order_release);
+    return part == parts;
+  };
+  share(threads, 1, [&](int64_t begin, int64_t end) {
+    if (begin == 0) {
+      for (int64_t part = 0; part < parts; ++part) {
+        lead(part);
+        led.store(part + 1, std::memory_order_release);
+      }
+    }
+    // Its own slabs first, others' when those are done.
+    const int64_t home = slabs * (end - 1) / threads;
+    for (int64_t left = slabs, turn = 0; left > 0; ++turn) {
+      left = 0;
+      for (int64_t i = 0; i < slabs; ++i) left += !go_on((home + i) % slabs);
+      if (turn >= kPatience) give_way();
     }
   });
 }

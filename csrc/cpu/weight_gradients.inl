@@ -47,7 +47,7 @@ Columns share(int64_t N, int64_t part, int64_t parts) {
 /// `rows` counts packed ones: kDepth rows side by side.
 template <typename T>
 struct Run {
-  int64_t rows;
+  int64_t rows = 0;
   Matrix<const T> vectors, scalars;
 };
 
@@ -345,8 +345,8 @@ void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum)
 template <typename T>
 void weight_gradients(const WeightGradientArgs<T>& a) {
   const auto product = [&](Sum<T>* out, int64_t K) {
-    // Parts of the columns are whole panels, as far as there are so many.
-    int64_t across = smaller(K / kPanel<T>, a.parts);
+    // Parts of the rows: what threads write is then apart in memory. Of long rows, parts too.
+    int64_t across = smaller(K / kVectorColumns<T>, a.parts);
     if (across < 1) across = 1;
     while (a.parts % across != 0) --across;
     return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
@@ -355,24 +355,39 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
   };
   const Steps& steps = a.steps;
   const int64_t* first_row = a.delta.first_row;
-  const int64_t rows = first_row ? first_row[steps.end] - first_row[steps.begin]
-                                 : (steps.end - steps.begin) * steps.batch;
+  int64_t rows = first_row ? first_row[steps.end] - first_row[steps.begin]
+                           : (steps.end - steps.begin) * steps.batch;
   if (a.grad_b != nullptr)
     sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), share<T>(a.H, a.part, a.parts), a.grad_b);
 
   OuterProduct<T> of_input = product(a.grad_w_ih, a.I), of_state = product(a.grad_w_hh, a.H);
+  const auto add = [&](int64_t count, int64_t t, int64_t row, Matrix<const T> previous) {
+    const Matrix<const T> delta = rows_of(a.delta, t, row);
+    if (a.grad_w_ih != nullptr) of_input.add(count, delta, rows_of(a.x, t, row));
+    if (previous.data == nullptr) previous = from_row(a.hx, row);
+    if (a.grad_w_hh != nullptr && previous.data != nullptr) of_state.add(count, delta, previous);
+  };
   const int64_t first = steps.descending ? steps.end - 1 : steps.begin;
-  const Matrix<const T> carry = steps.carry_rows == 0
-                                    ? Matrix<const T>{}
-                                    : rows_of(a.y, steps.descending ? first + 1 : first - 1, 0);
-  walk<T>(steps, 0, steps.batch, carry, a.y,
-          [&](int64_t t, int64_t begin, int64_t end, Matrix<const T> previous) {
-            const Matrix<const T> delta = rows_of(a.delta, t, begin);
-            if (a.grad_w_ih != nullptr) of_input.add(end - begin, delta, rows_of(a.x, t, begin));
-            if (previous.data == nullptr) previous = from_row(a.hx, begin);
-            if (a.grad_w_hh != nullptr && previous.data != nullptr)
-              of_state.add(end - begin, delta, previous);
-          });
+  const int64_t before = steps.descending ? 1 : -1;  // from a step to the one before it
+  const auto is_matrix = [&](const Sequence<const T>& s) {
+    return s.data == nullptr || s.step_stride == steps.batch * s.row_stride;
+  };
+  if (first_row == nullptr && is_matrix(a.x) && is_matrix(a.y)) {
+    int64_t t = steps.begin;
+    if (steps.carry_rows == 0) {
+      add(steps.batch, first, 0, {});
+      rows -= steps.batch;
+      if (!steps.descending) ++t;
+    }
+    if (rows > 0) add(rows, t, 0, rows_of(a.y, t + before, 0));
+  } else {
+    const Matrix<const T> carry =
+        steps.carry_rows == 0 ? Matrix<const T>{} : rows_of(a.y, first + before, 0);
+    walk<T>(steps, 0, steps.batch, carry, a.y,
+            [&](int64_t t, int64_t begin, int64_t end, Matrix<const T> previous) {
+              add(end - begin, t, begin, previous);
+            });
+  }
   of_input.finish();
   of_state.finish();
 }
