@@ -145,6 +145,7 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["backward_packs"] = plan.backward_packs;
   result["pack_input_weights"] = plan.pack_input_weights;
   result["own_gradients"] = plan.own_gradients;
+  result["own_input_gradient"] = plan.own_input_gradient;
   result["parallel"] = plan.parallel;
   result["row_blocks"] = plan.row_blocks;
   result["batch_parts"] = plan.batch_parts;

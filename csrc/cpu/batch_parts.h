@@ -71,7 +71,10 @@ std::vector<Plan> plans_of(const BackwardPass& pass, int64_t threads) {
 /// The same for a part of the batch, which one thread runs with the kernels that the whole has.
 std::vector<Plan> plans_of_part(const BackwardPass& part, const std::vector<Plan>& whole) {
   std::vector<Plan> plans = plans_of(part, /*threads=*/1);
-  for (size_t l = 0; l < plans.size(); ++l) plans[l].own_gradients = whole[l].own_gradients;
+  for (size_t l = 0; l < plans.size(); ++l) {
+    plans[l].own_gradients = whole[l].own_gradients;
+    plans[l].own_input_gradient = whole[l].own_input_gradient;
+  }
   return plans;
 }
 

@@ -205,21 +205,24 @@ class DirectionBackward {
           }
           kernels<T>().backward(a);
         },
-        [&](int64_t slab, int64_t i) { products.add(slab, part(i), rows_before(part(i))); });
+        [&](int64_t slab, int64_t i) {
+          products.add(slab, part(i), rows_before(part(i)), i == 0);
+        });
   }
 
   /// Everything that is made of a chunk's delta. grad_input: of the chunk's steps, added to where
   /// `accumulate`, undefined if not wanted.
   void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
     keep_first_delta(c);
-    if (plan_.own_gradients) {
-      if (!makes_gradients_beside()) add_outer_products(c);
-      if (grad_input.defined()) multiply_delta(c, grad_input, accumulate);
-    } else {
+    if (!plan_.own_gradients)
       add_products(c);
-      if (grad_input.defined())
-        multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
-    }
+    else if (!makes_gradients_beside())
+      add_outer_products(c);
+    if (!grad_input.defined()) return;
+    if (plan_.own_input_gradient)
+      multiply_delta(c, grad_input, accumulate);
+    else
+      multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
   }
 
   /// The gradients, undefined where not wanted, and as they were added up: our kernel's may be
@@ -287,8 +290,9 @@ class DirectionBackward {
     Tensor x, workspace;
 
     /// Part `i` of args.parts, over the steps `range`, the state before which has `carry_rows`.
-    void add(int64_t i, Range range, int64_t carry_rows) const {
+    void add(int64_t i, Range range, int64_t carry_rows, bool is_first) const {
       WeightGradientArgs<T> a = args;
+      a.overwrites = a.overwrites && is_first;
       a.part = i;
       a.steps.begin = range.begin;
       a.steps.end = range.end;
@@ -309,16 +313,11 @@ class DirectionBackward {
     a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
     a.hx = matrix_of<T>(hx_);
     a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
-    const auto zeroed = [&](Tensor& sum, bool wanted, at::IntArrayRef sizes) -> Sum<T>* {
-      if (!wanted) return nullptr;
-      const bool first = !sum.defined();
-      if (first) sum = at::empty(sizes, sum_options());
-      Sum<T>* data = mutable_data_of<Sum<T>>(sum);
-      if (first) std::memset(data, 0, sum.nbytes());
-      return data;
-    };
-    a.grad_w_ih = zeroed(sums_.w_ih, wanted_[0], {H_, a.I});
-    a.grad_w_hh = zeroed(sums_.w_hh, wanted_[1], {H_, H_});
+    a.overwrites = !sums_.w_ih.defined() && !sums_.w_hh.defined();
+    if (a.overwrites && wanted_[0]) sums_.w_ih = at::empty({H_, a.I}, sum_options());
+    if (a.overwrites && wanted_[1]) sums_.w_hh = at::empty({H_, H_}, sum_options());
+    if (wanted_[0]) a.grad_w_ih = mutable_data_of<Sum<T>>(sums_.w_ih);
+    if (wanted_[1]) a.grad_w_hh = mutable_data_of<Sum<T>>(sums_.w_hh);
     if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
     if (!grad_b_.empty()) a.grad_b = grad_b_.data();
     a.parts = parts;
@@ -344,7 +343,7 @@ class DirectionBackward {
     if (!wants_weights()) return;
     const OuterProducts products = outer_products(c, plan_.parallel ? available_threads() : 1);
     share(products.args.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) products.add(i, c.range, rows_before(c.range));
+      for (int64_t i = begin; i < end; ++i) products.add(i, c.range, rows_before(c.range), true);
     });
   }
 

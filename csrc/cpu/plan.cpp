@@ -127,7 +127,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
   const bool small = s.H <= kOuterHidden && s.I <= kOuterInput,
              has_many = s.total_rows >= kRowsPerColumn * (s.I + s.H);
-  plan.own_gradients = small || (s.converts ? has_many : plan.own_products && s.element_size > 2);
+  plan.own_gradients =
+      small || (s.converts ? has_many : s.element_size > 2 && !s.fast_products && !s.baseline);
+  plan.own_input_gradient = plan.own_gradients && (small || s.converts || plan.own_products);
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;

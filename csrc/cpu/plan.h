@@ -33,7 +33,8 @@ struct Plan {
   int64_t row_blocks;       // parts of the batch, each walks through time without hand-over
   int64_t column_blocks;    // threads that share each of those parts' steps, a part of H each
   int64_t batch_parts;      // that go through all of backward side by side; 1: chunk by chunk
-  bool own_gradients;       // of weights and input by our kernels; else ATen's matrix products
+  bool own_gradients;       // of weights by our kernels; else ATen's matrix products
+  bool own_input_gradient;  // the same of the input
   int64_t backward_steps;   // steps per chunk of the backward workspace
   int64_t gradient_steps;   // of parts whose weight gradients are made beside the walk; T: after it
   bool packs_once;          // backward's chunks after the first use step products

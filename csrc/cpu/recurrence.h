@@ -129,7 +129,8 @@ struct BackwardArgs {
   Sequence<T> delta;               // [T, B, H] out; may be grad_y's memory
 };
 
-/// Weight gradients of one layer and direction over a range of steps, added to what is there:
+/// Weight gradients of one layer and direction over a range of steps, added to what is there (or,
+/// those of weights, where `overwrites`, in place of that):
 ///   grad_W_ih += sum_t delta_t^T x_t
 ///   grad_W_hh += sum_t delta_t^T h_{t-1}
 ///   grad_b    += sum_t delta_t
@@ -139,10 +140,11 @@ struct WeightGradientArgs {
   Steps steps;
   int64_t part = 0, parts = 1;  // this call's share of each gradient
   int64_t I = 0, H = 0;
-  Sequence<const T> x;          // [T, B, I]
-  Sequence<const T> y;          // [T, B, H], with the step before the first walked one
-  Matrix<const T> hx;           // [B, H]; null: zeros
-  Sequence<const T> delta;      // [T, B, H], where all rows follow one another
+  Sequence<const T> x;      // [T, B, I]
+  Sequence<const T> y;      // [T, B, H], with the step before the first walked one
+  Matrix<const T> hx;       // [B, H]; null: zeros
+  Sequence<const T> delta;  // [T, B, H], where all rows follow one another
+  bool overwrites = false;
   Sum<T>* grad_w_ih = nullptr;  // [H, I] contiguous, or null
   Sum<T>* grad_w_hh = nullptr;  // [H, H] contiguous, or null
   Sum<T>* grad_b = nullptr;     // [H], or null

@@ -186,12 +186,14 @@ void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, 
 template <typename T>
 class OuterProduct {
  public:
-  /// workspace: [packed_rows, kPackedColumns], where rows are packed.
-  OuterProduct(Columns n, Columns k, Sum<T>* out, int64_t K, T* workspace, int64_t packed_rows)
+  /// overwrites: out[n][k] = ... workspace: [packed_rows, kPackedColumns], where rows are packed.
+  OuterProduct(Columns n, Columns k, Sum<T>* out, int64_t K, bool overwrites, T* workspace,
+               int64_t packed_rows)
       : along_k_(k.end - k.begin >= kLanes<T>),
         vectors_(along_k_ ? k : n),
         scalars_(along_k_ ? n : k),
         out_{out, along_k_ ? 1 : K, along_k_ ? K : 1},
+        overwrites_(overwrites),
         workspace_(workspace),
         room_(kPacks<T> ? packed_rows : kOuterParts * kOuterRows<T>) {}
 
@@ -200,25 +202,40 @@ class OuterProduct {
       const int64_t room = smaller(room_ - rows_, kOuterRows<T> - rows_ % kOuterRows<T>);
       const int64_t count = smaller(rows, room);
       append({count, along_k_ ? a : delta, along_k_ ? delta : a});
-      if (rows_ == room_ || count_ == kMostRuns) finish();
+      if (rows_ == room_ || count_ == kMostRuns) multiply_rows();
       delta = from_row(delta, count);
       a = from_row(a, count);
       rows -= count;
     }
   }
 
+  /// Multiplies what is left.
+  void finish() {
+    if (count_ > 0) return multiply_rows();
+    if (overwrites_) clear(vectors_, scalars_);
+  }
+
+ private:
+  static constexpr int64_t kMostRuns = kOuterRows<T>;
+
   /// Multiplies what has been collected.
-  __attribute__((noinline)) void finish() {
-    if (count_ == 0) return;
+  __attribute__((noinline)) void multiply_rows() {
     if constexpr (kPacks<T>)
       multiply_packed();
     else
       multiply();
     count_ = rows_ = 0;
+    overwrites_ = false;
   }
 
- private:
-  static constexpr int64_t kMostRuns = kOuterRows<T>;
+  /// out = 0 for a block.
+  void clear(Columns vectors, Columns scalars) const {
+    const Columns rows = along_k_ ? scalars : vectors, columns = along_k_ ? vectors : scalars;
+    const int64_t stride = along_k_ ? out_.scalar_stride : out_.vector_stride;
+    for (int64_t row = rows.begin; row < rows.end; ++row)
+      __builtin_memset(out_.data + row * stride + columns.begin, 0,
+                       (columns.end - columns.begin) * sizeof(Sum<T>));
+  }
 
   /// Rows that follow the last ones, or come just before them, lengthen their run, unless a part
   /// begins with them.
@@ -255,6 +272,7 @@ class OuterProduct {
       const int64_t v_end = smaller(v + kVectorColumns<T>, vectors_.end);
       for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
         const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
+        if (overwrites_) clear({v, v_end}, {s, s_end});
         for (int64_t i = 0; i < parts; ++i)
           outer_product<T>(runs_ + first_run_[i], first_run_[i + 1] - first_run_[i], v, v_end, s,
                            s_end, out_);
@@ -275,6 +293,7 @@ class OuterProduct {
       for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
         const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
         const int64_t rows = pack_columns(&Run<T>::scalars, {s, s_end}, kScalarColumns<T>, scalars);
+        if (overwrites_) clear({v, v_end}, {s, s_end});
         for (int64_t n = v; n < v_end; n += kPanel<T>) {
           const Matrix<const T> panel = {panels + (n - v) * room_, kPanel<T> * kDepth<T>};
           const Matrix<const T> block = {scalars, kScalarColumns<T> * kDepth<T>};
@@ -309,6 +328,7 @@ class OuterProduct {
   const bool along_k_;  // the vectors' columns are those of `a`, else of delta
   const Columns vectors_, scalars_;
   const OuterBlock<Sum<T>> out_;  // from its first element
+  bool overwrites_;               // nothing has been written yet
   T* const workspace_;
   const int64_t room_;
   Run<T> runs_[kMostRuns];
@@ -350,7 +370,7 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
     if (across < 1) across = 1;
     while (a.parts % across != 0) --across;
     return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
-                           share<T>(K, a.part % across, across), out, K, a.workspace,
+                           share<T>(K, a.part % across, across), out, K, a.overwrites, a.workspace,
                            a.packed_rows);
   };
   const Steps& steps = a.steps;
@@ -388,8 +408,8 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
               add(end - begin, t, begin, previous);
             });
   }
-  of_input.finish();
-  of_state.finish();
+  if (a.grad_w_ih != nullptr) of_input.finish();
+  if (a.grad_w_hh != nullptr) of_state.finish();
 }
 
 }  // namespace
