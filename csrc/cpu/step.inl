@@ -314,24 +314,37 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
   }
 }
 
-/// Backward, V vectors of columns, with W_hh as it is: a combination of its rows.
-template <typename T, typename Epilogue, int V>
-void combine_rows(const Step<T>& s, int64_t column) {
-  for (int64_t row = 0; row < s.rows; ++row) {
-    const T* a = s.s.data + row * s.s.row_stride;
-    Vec<T> acc[1][V] = {};
-    for (int64_t first = 0; first < s.K; first += kTerms) {
-      Vec<T> part[V] = {};
-      for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
-        const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
+/// Backward, R rows of V vectors of columns, with W_hh as it is: combinations of its rows.
+template <typename T, typename Epilogue, int R, int V>
+void combine_rows(const Step<T>& s, int64_t row, int64_t column) {
+  const T* a = s.s.data + row * s.s.row_stride;
+  Vec<T> acc[R][V] = {};
+  for (int64_t first = 0; first < s.K; first += kTerms) {
+    Vec<T> part[R][V] = {};
+    for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
+      const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) part[v] += widen(a[k]) * load<T>(weights + v * kLanes<T>);
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> w = load<T>(weights + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) part[r][v] += widen(a[r * s.s.row_stride + k]) * w;
       }
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[0][v] += part[v];
     }
-    finish<T, Epilogue, 1, V>(acc, s, row, column, 0);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
+    }
   }
+  finish<T, Epilogue, R, V>(acc, s, row, column, 0);
+}
+
+/// All rows, two at a time.
+template <typename T, typename Epilogue, int V>
+void combine_all_rows(const Step<T>& s, int64_t column) {
+  int64_t row = 0;
+  for (; row + 2 <= s.rows; row += 2) combine_rows<T, Epilogue, 2, V>(s, row, column);
+  if (row < s.rows) combine_rows<T, Epilogue, 1, V>(s, row, column);
 }
 
 /// Backward, vectors [begin, end) of a step's columns, all of them whole, with W_hh as it is.
@@ -340,10 +353,11 @@ void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool de
   constexpr int kHalf = FASTRNN_TILE_VECTORS, V = 2 * kHalf;  // long runs through each row
   const int64_t blocks = (end - begin) / V;
   for (int64_t i = 0; i < blocks; ++i)
-    combine_rows<T, Epilogue, V>(s, (begin + (descending ? blocks - 1 - i : i) * V) * kLanes<T>);
+    combine_all_rows<T, Epilogue, V>(s,
+                                     (begin + (descending ? blocks - 1 - i : i) * V) * kLanes<T>);
   int64_t i = begin + blocks * V;
-  for (; i + kHalf <= end; i += kHalf) combine_rows<T, Epilogue, kHalf>(s, i * kLanes<T>);
-  for (; i < end; ++i) combine_rows<T, Epilogue, 1>(s, i * kLanes<T>);
+  for (; i + kHalf <= end; i += kHalf) combine_all_rows<T, Epilogue, kHalf>(s, i * kLanes<T>);
+  for (; i < end; ++i) combine_all_rows<T, Epilogue, 1>(s, i * kLanes<T>);
 }
 
 /// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
