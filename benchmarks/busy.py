@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python benchmarks/busy.py`: measure nn.RNN and fastrnn while other processes want the cores.
+"""`python benchmarks/busy.py`: measure nn.RNN and fastrnn where threads come late: while other
+processes want the cores, and in calls that are far apart, since threads without work sleep.
 
 A number is the mean of some turns' means, not a median: a thread that comes late makes a few calls
 long. Each class has a process for each number of threads, as in compare.py, and passes its gate
@@ -29,6 +30,8 @@ CASES.append(by_name("large-256"))
 #: Seconds of calls in a turn, and turns of each process.
 SECONDS, QUICK_SECONDS = 1.0, 0.01
 TURNS = 3
+#: Seconds of rest before each of the calls that are far apart.
+PAUSE = 0.03
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,6 +80,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "quick": args.quick,
         "seconds": QUICK_SECONDS if args.quick else SECONDS,
         "turns": TURNS,
+        "pause": PAUSE,
     }
     cases = report.pop("cases")  # stay last
     return {"study": "busy", **report, "cases": cases}
@@ -85,7 +89,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 def measure(
     case: BenchmarkCase, mode: str, workers: list[Any], reference: Path, report: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The mean time of a call of each worker beside each number of busy processes.
+    """The mean time of a call of each worker beside each number of busy processes, and after rests.
 
     Raises
     ------
@@ -97,16 +101,17 @@ def measure(
         if "calls" not in loaded:
             raise ValueError(f"{worker.name}, {case.name}, {mode}: {loaded}")
     order, results = random.Random(0), []
-    for count in report["busy"]:
+    for count, pause in [*((count, 0.0) for count in report["busy"]), (0, PAUSE)]:
         times: dict[Any, list[float]] = {worker: [] for worker in workers}
         with busy_processes(count):
             for _ in range(TURNS):
                 for worker in order.sample(workers, len(workers)):
-                    answer = worker.ask("mean", report["settings"]["seconds"])
+                    answer = worker.ask("mean", report["settings"]["seconds"], pause)
                     times[worker].append(answer["seconds"])
         results += [
             {
                 "busy": count,
+                "pause": pause,
                 "peer": worker.name,
                 "threads": worker.threads,
                 "us": round(1e6 * mean(of_worker), 2),

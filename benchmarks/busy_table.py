@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times on busy cores, as busy.py measures them, in Markdown."""
+"""Times where threads come late, as busy.py measures them, in Markdown."""
 
 from typing import Any
 
@@ -24,6 +24,7 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     caption = (
         f"{report['machine']['cpu']}; {table.source(report)}. Mean time of a call with so many "
-        f"threads (@), beside {', '.join(counts[:-1])} and {counts[-1]} processes that never rest."
+        f"threads (@), beside {', '.join(counts[:-1])} and {counts[-1]} processes that never rest, "
+        f"and last of calls {round(1000 * report['settings']['pause'])} ms apart."
     )
     return "\n".join(["### On busy cores", "", caption, "", *lines])

@@ -91,6 +91,13 @@ void put_gradients(std::vector<Tensor>& grad_weights, const Cell& cell, const Rn
     grad_weights[first_weight(options, layer, direction) + i] = tensors[i];
 }
 
+/// Of forward, in all layers.
+int64_t multiply_adds(const Layout& layout, const RnnOptions& options, int64_t I, int64_t H) {
+  const int64_t D = options.directions();
+  const int64_t features = I + H + (options.num_layers - 1) * (D * H + H);
+  return layout.total_rows * D * H * features;
+}
+
 }  // namespace
 
 ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
@@ -100,6 +107,7 @@ ForwardResult forward_layers(const Engine& engine, const Tensor& input, const Op
   check_dtype(input);
   const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
+  const Call call(multiply_adds(layout, options, input.size(-1), H));
   auto output_sizes = input.sizes().vec();
   output_sizes.back() = D * H;
   const Tensor h_n = at::empty({options.num_layers * D, layout.B, H}, input.options());
@@ -142,6 +150,7 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
   check_dtype(input);
   const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
+  const Call call(2 * multiply_adds(layout, options, input.size(-1), H));
   Tensor grad_input, grad_hx;
   if (needs.get(0)) grad_input = at::empty(input.sizes(), input.options());
   if (needs.get(1)) grad_hx = at::empty({options.num_layers * D, layout.B, H}, input.options());

@@ -13,14 +13,25 @@ void set_saved(int64_t ns) {
   fastrnn::counted_at = fastrnn::now();
 }
 
-/// Two turns, the second of which sleeps if it has a thread of its own; the first waits for it if
-/// it `needs` it. Returns how many threads there were.
-int64_t run_region(int64_t milliseconds, bool needs, bool parallel) {
+/// Threads took so long to wake up, so many seconds ago.
+void set_wake_time(int64_t ns, int64_t seconds) {
+  fastrnn::wake_time = ns;
+  fastrnn::woken_at = fastrnn::now() - seconds * 1'000'000'000;
+}
+
+/// As if nobody had done anything for some milliseconds.
+void rest() { fastrnn::last_region = fastrnn::last_share = fastrnn::now() - 2 * fastrnn::kAwake; }
+
+/// Two turns, the second of which sleeps if it has a thread of its own, and the caller if it runs
+/// both; the first waits for the second if it `needs` it. In a call of so many multiply-adds.
+/// Returns how many threads there were.
+int64_t run_region(int64_t milliseconds, bool needs, bool parallel, int64_t multiply_adds) {
+  const fastrnn::Call call(multiply_adds);
   std::atomic<int64_t> threads = 0;
   std::atomic<bool> done = false;
   const auto run = [&](int64_t begin, int64_t end) {
     ++threads;
-    if (begin == 1) {
+    if (begin == 1 || end == 2) {
       usleep(milliseconds * 1000);
       done = true;
     }

@@ -229,7 +229,9 @@ def test_the_study_of_scaling_is_read_as_series(fake, tmp_path):
         assert [value for value, _ in scaling.series(report, varied)] == values
 
 
-def test_the_study_of_busy_cores_takes_turns_beside_each_number_of_processes(fake, tmp_path):
+def test_the_study_of_busy_cores_takes_turns_beside_each_number_of_processes_and_after_rests(
+    fake, tmp_path
+):
     path = tmp_path / "busy.json"
     assert busy.main(["--threads", "2", "--output", str(path)]) == 0
     report = json.loads(path.read_text(encoding="utf-8"))
@@ -237,14 +239,14 @@ def test_the_study_of_busy_cores_takes_turns_beside_each_number_of_processes(fak
     assert report["threads"] == [1, 2] and report["busy"] == [0, 1, 2]
     assert len(report["cases"]) == len(busy.CASES)
     mode = report["cases"][0]["modes"]["training"]
-    found = {(r["busy"], r["peer"], r["threads"]): r["us"] for r in mode}
-    assert len(found) == len(mode) == 3 * 2 * 2
-    assert found[1, "nn_rnn", 2] == 4 and found[2, "fastrnn", 1] == 2
-    assert len(fake.log) == len(busy.CASES) * len(MODES) * 3 * busy.TURNS * 4
+    found = {(r["busy"], r["pause"], r["peer"], r["threads"]): r["us"] for r in mode}
+    assert len(found) == len(mode) == 4 * 2 * 2
+    assert found[1, 0, "nn_rnn", 2] == 4 and found[0, busy.PAUSE, "fastrnn", 1] == 2
+    assert len(fake.log) == len(busy.CASES) * len(MODES) * 4 * busy.TURNS * 4
     lines = [line for line in busy_table.render(report).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(busy.CASES) * len(MODES)
     assert len({line.count("|") for line in lines}) == 1
-    assert "| 8 µs, 8 µs, 8 µs | 4 µs, 4 µs, 4 µs |" in lines[2]
+    assert f"| {', '.join(['8 µs'] * 4)} | {', '.join(['4 µs'] * 4)} |" in lines[2]
 
 
 def test_busy_processes_are_busy_and_then_gone():

@@ -23,7 +23,8 @@ def library():
     path = cuda_host.make(".so", ["-shared", compiled, *link, "-fopenmp"], [compiled])
     library = ctypes.CDLL(str(path))
     library.set_saved.argtypes = [ctypes.c_int64]
-    library.run_region.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_bool]
+    library.set_wake_time.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.run_region.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_int64]
     return library
 
 
@@ -32,8 +33,9 @@ def region(library):
     """Runs a region for two threads, the second late; returns how many it had."""
     with threads(2):
         library.set_saved(MOST)
-        yield lambda milliseconds=0, needs=False, parallel=True: library.run_region(
-            milliseconds, needs, parallel
+        library.set_wake_time(0, 0)
+        yield lambda milliseconds=0, needs=False, parallel=True, work=0: library.run_region(
+            milliseconds, needs, parallel, work
         )
 
 
@@ -61,3 +63,47 @@ def test_time_fills_the_account(library, region):
     assert region() == 1
     time.sleep(0.02)
     assert region() == 2
+
+
+@pytest.fixture
+def rest(library):
+    """Makes a rest, since which threads wake up slowly, as they did some seconds ago."""
+
+    def rest(seconds=0):
+        library.set_wake_time(3_000_000, seconds)
+        library.rest()
+
+    return rest
+
+
+def test_after_a_rest_threads_that_wake_up_slowly_are_not_woken(region, rest):
+    rest()
+    assert region() == region() == 1
+
+
+def test_they_are_woken_once_the_caller_has_been_busy_for_some_time(region, rest):
+    rest()
+    assert region(5) == 1
+    assert region() == 2
+    rest()
+    assert region() == 1
+
+
+def test_they_are_woken_for_a_call_that_takes_longer(region, rest):
+    rest()
+    assert region(work=1_000_000) == 1
+    assert region(work=1_000_000_000) == 2
+
+
+def test_they_are_woken_after_some_seconds_since_they_may_be_faster_by_then(region, rest):
+    rest(seconds=30)
+    assert region() == 2
+
+
+def test_how_long_they_take_is_measured_after_a_rest(library, region):
+    library.rest()
+    assert region(50) == 2
+    library.set_saved(MOST)
+    assert region() == 2
+    library.rest()
+    assert region() == 1

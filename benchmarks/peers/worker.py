@@ -27,6 +27,9 @@ from .interface import Loaded
 LIMIT = 600.0
 #: A call of more seconds is a burst by itself, all of it timed.
 LONG = 0.1
+#: Seconds of calls before a burst, not timed: they bring the weights back into the caches, and the
+#: threads to life.
+WARM_UP = 0.004
 #: Seconds that a process has to end by itself.
 CLOSING = 5.0
 #: A process rests when it uses less than this share of a processor, in steps of so many seconds.
@@ -84,22 +87,24 @@ class Runner:
         """``seconds`` of a call, from one round of them."""
         assert self._loaded is not None
         with torch.inference_mode(self._mode == "inference"):
-            if not self._long:
-                # Not timed: brings the weights back into the caches, and the threads to life.
+            end = perf_counter() + WARM_UP
+            while not self._long and perf_counter() < end:
                 self._loaded.step()
             seconds = timing.round_of(self._loaded.step, self._calls)
         rest()
         return {"seconds": seconds}
 
-    def mean(self, seconds: float) -> dict[str, float]:
-        """``seconds`` of a call, the mean of as many as take so long, one at least."""
+    def mean(self, seconds: float, pause: float) -> dict[str, float]:
+        """``seconds`` of a call, the mean of one or more in so long, each after a pause."""
         assert self._loaded is not None
-        calls, start = 0, perf_counter()
+        calls, spent, end = 0, 0.0, perf_counter() + seconds
         with torch.inference_mode(self._mode == "inference"):
-            while calls == 0 or perf_counter() < start + seconds:
-                self._loaded.step()
+            while calls == 0 or perf_counter() < end:
+                if pause > 0:
+                    sleep(pause)
+                spent += timing.round_of(self._loaded.step, 1)
                 calls += 1
-        return {"seconds": (perf_counter() - start) / calls}
+        return {"seconds": spent / calls}
 
 
 def rest() -> None:

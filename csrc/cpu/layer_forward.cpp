@@ -268,7 +268,8 @@ void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Lay
 template <typename T>
 void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
                       at::TensorList outputs, const StackPlan& stack) {
-  const Range all{0, layout.T};
+  // The first part is half as long: nothing is walked before its product is made.
+  const Range all{0, layout.T}, parts{-stack.steps / 2, layout.T};
   const int64_t count = static_cast<int64_t>(layers.size());
   const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
   const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
@@ -291,7 +292,8 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     const Layer& layer = layers[l];
     const Plan& plan = plans[l];
     const Tensor& input = l > 0 ? layer.input : x;
-    const Range range = part_of(all, stack.steps, part, /*descending=*/false);
+    Range range = part_of(parts, stack.steps, part, /*descending=*/false);
+    range.begin = std::max<int64_t>(0, range.begin);
     auto& [w_ih, cell] = prepared[thread * count + l];
     if (!plan.fuse_input && (l > 0 || stack.multiplies_first)) {
       if (!w_ih) w_ih = input_panels<T>(plan, layer);
@@ -305,7 +307,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     in_order([&] { kernels<T>().forward(a); });
     if (!stack.keeps_panels) cell.reset();
   };
-  run_wavefront(count, parts_in(all, stack.steps), stack.threads, run);
+  run_wavefront(count, parts_in(parts, stack.steps), stack.threads, run);
 }
 
 /// T: the type computed in.
