@@ -64,12 +64,27 @@ inline void give_way() {
 
 /// Threads without work sleep after some milliseconds. Where the caller has slept too, one that is
 /// woken may get its core only milliseconds later, for a call of some microseconds. So a thread is
-/// not woken before the caller has been busy for as long as that took the last time: at most so
+/// not woken before the caller has had work for as long as that took the last times: at most so
 /// long, and half as long after each second, since it may take less by then. Nanoseconds.
 constexpr int64_t kAwake = 4'000'000, kMostRest = 1'000'000, kHalfLife = 1'000'000'000;
-inline std::atomic<int64_t> last_region{0}, last_share{0};  // the ends of the last ones
-inline std::atomic<int64_t> busy_alone{0};                  // since the last rest
-inline std::atomic<int64_t> wake_time{0}, woken_at{0};
+
+/// Of a calling thread, each of which has a pool of its own.
+struct Rest {
+  int64_t last_region = 0, last_share = 0;  // the ends of the last ones
+  int64_t busy_alone = 0;                   // in `share`, since it was called after a rest
+  int64_t wake_time = 0, woken_at = 0;
+
+  bool are_asleep(int64_t time) const { return time - last_region > kAwake; }
+  /// What it takes to wake them, as far as that matters.
+  int64_t cost(int64_t time) const {
+    return wake_time >> std::clamp<int64_t>((time - woken_at) / kHalfLife, 0, 62);
+  }
+  void woken(int64_t begin, int64_t end, int64_t wait) {
+    wake_time = (cost(begin) + std::min(wait, kMostRest)) / 2;
+    woken_at = end;
+  }
+};
+inline thread_local Rest rest;
 
 /// What the call takes that this thread is in, about; 0: not known.
 inline thread_local int64_t expected = 0;
@@ -86,21 +101,6 @@ class Call {
   static constexpr int64_t kPerNanosecond = 25;
 };
 
-inline bool are_asleep(int64_t time) {
-  return time - last_region.load(std::memory_order_relaxed) > kAwake;
-}
-
-/// Whether threads that sleep are left alone for now.
-inline bool let_sleep(int64_t time, int64_t threads) {
-  if (time - last_share.load(std::memory_order_relaxed) > kAwake)
-    busy_alone.store(0, std::memory_order_relaxed);
-  const int64_t seconds = (time - woken_at.load(std::memory_order_relaxed)) / kHalfLife;
-  const int64_t cost = std::min(
-      kMostRest, wake_time.load(std::memory_order_relaxed) >> std::min<int64_t>(seconds, 62));
-  const int64_t busy = busy_alone.load(std::memory_order_relaxed) + expected;
-  return busy * (threads - 1) / threads < cost;
-}
-
 /// run(begin, end) for ranges that make up [0, count), each of `grain` turns or more; by the caller
 /// alone if not `parallel`.
 template <typename Run>
@@ -109,12 +109,13 @@ void share(int64_t count, int64_t grain, const Run& run, bool parallel = true) {
   const int64_t threads = parallel ? std::min(available_threads(), at::divup(count, grain)) : 1;
   if (threads <= 1) return run(0, count);
   const int64_t begin = now(), saved_before = saved_at(begin);
-  const bool asleep = are_asleep(begin);
-  if (saved_before < 0 || (asleep && let_sleep(begin, threads))) {
+  const bool asleep = rest.are_asleep(begin);
+  if (begin - rest.last_share > kAwake) rest.busy_alone = 0;
+  const int64_t busy = std::max(rest.busy_alone, expected);
+  if (saved_before < 0 || (asleep && busy * (threads - 1) / threads < rest.cost(begin))) {
     run(0, count);
-    const int64_t end = now();
-    busy_alone.fetch_add(end - begin, std::memory_order_relaxed);
-    last_share.store(end, std::memory_order_relaxed);
+    rest.last_share = now();
+    rest.busy_alone += rest.last_share - begin;
     return;
   }
   const bool watched = begin < watched_until.load(std::memory_order_relaxed);
@@ -127,16 +128,12 @@ void share(int64_t count, int64_t grain, const Run& run, bool parallel = true) {
     if (watched) own = std::min(own, own_now() - own_begin);
   });
   const int64_t end = now(), wait = end - begin - own;
-  if (asleep) {
-    wake_time.store((wake_time.load(std::memory_order_relaxed) + wait) / 2,
-                    std::memory_order_relaxed);
-    woken_at.store(end, std::memory_order_relaxed);
-  }
+  if (asleep) rest.woken(begin, end, wait);
+  rest.last_region = rest.last_share = end;
   if (wait > kLate) watched_until.store(end + kWatch, std::memory_order_relaxed);
   saved.store(std::clamp(saved_before + (threads - 1) * own - wait, kLeastSaved, kMostSaved),
               std::memory_order_relaxed);
-  for (std::atomic<int64_t>* time : {&counted_at, &last_region, &last_share})
-    time->store(end, std::memory_order_relaxed);
+  counted_at.store(end, std::memory_order_relaxed);
 }
 
 /// While there is one, its thread is in turns of run_with_operators, perhaps in all of them alone.

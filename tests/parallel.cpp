@@ -15,12 +15,14 @@ void set_saved(int64_t ns) {
 
 /// Threads took so long to wake up, so many seconds ago.
 void set_wake_time(int64_t ns, int64_t seconds) {
-  fastrnn::wake_time = ns;
-  fastrnn::woken_at = fastrnn::now() - seconds * 1'000'000'000;
+  fastrnn::rest.wake_time = ns;
+  fastrnn::rest.woken_at = fastrnn::now() - seconds * 1'000'000'000;
 }
 
 /// As if nobody had done anything for some milliseconds.
-void rest() { fastrnn::last_region = fastrnn::last_share = fastrnn::now() - 2 * fastrnn::kAwake; }
+void rest() {
+  fastrnn::rest.last_region = fastrnn::rest.last_share = fastrnn::now() - 2 * fastrnn::kAwake;
+}
 
 /// Two turns, the second of which sleeps if it has a thread of its own, and the caller if it runs
 /// both; the first waits for the second if it `needs` it. In a call of so many multiply-adds.

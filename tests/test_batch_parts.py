@@ -29,6 +29,18 @@ CASES = [
 ]
 
 
+# So few rows that the input's gradient would be ATen's, were it not written by parts; and parts of
+# so few that each alone would have ATen's product in its steps.
+FEW_ROWS = [
+    Case(4, 16, 64, 192, hx=True),
+    Case(4, 16, 1, 192, batch_first=True),
+    Case(8, 8, 64, 192, bidirectional=True),
+    Case(0, 0, 64, 192, lengths=(4,) * 16),
+    Case(0, 0, 60, 190, lengths=(8,) * 8, hx=True),
+    Case(40, 8, 400, 100),
+]
+
+
 def plans_of(case, dtype):
     """Each layer's, packed sequences by their mean length."""
     T, B = case.T, case.B
@@ -49,6 +61,15 @@ def parts_of(case, dtype):
 def test_results_and_gradients_by_parts_are_right(case, dtype, count):
     with threads(count):
         assert parts_of(case, dtype) == count
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
+def test_results_and_gradients_by_parts_of_few_rows_are_right(case, dtype):
+    with threads(2):
+        assert parts_of(case, dtype) == 2
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 

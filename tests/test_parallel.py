@@ -70,7 +70,7 @@ def rest(library):
     """Makes a rest, since which threads wake up slowly, as they did some seconds ago."""
 
     def rest(seconds=0):
-        library.set_wake_time(3_000_000, seconds)
+        library.set_wake_time(1_000_000, seconds)
         library.rest()
 
     return rest

@@ -40,6 +40,8 @@ WALKS = [
 ]
 
 
+# The kernels for any processor leave products over many rows, and gradients of large layers, to
+# ATen: of those nothing is made beside a walk.
 def plan_of(case, dtype):
     T, B = mean_sizes(case)
     return _C.cpu_plan(T, B, case.I, case.H, dtype=dtype, hx=case.hx, num_layers=case.num_layers)
@@ -52,7 +54,8 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
     with threads(2):
         plan = plan_of(Case(100, 1, 128, 128, num_layers=4), torch.float32)
         assert (plan["layer_threads"], plan["layer_steps"]) == (2, 25)
-        assert plan_of(Case(100, 1, 128, 128), torch.float32)["layer_threads"] == 2
+        plan = plan_of(Case(100, 1, 128, 128), torch.float32)
+        assert plan["layer_threads"] == (2 if plan["own_products"] else 1)
         for other in (
             Case(100, 1, 3, 128),  # one layer, and no product beside it
             Case(100, 1, 300, 128),  # one layer, its product too large for a single thread
@@ -75,7 +78,8 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
 def test_results_and_gradients_of_layers_side_by_side_are_right(case, dtype, count):
     with threads(count):
         plan = plan_of(case, dtype)
-        assert plan["layer_threads"] > 1 or plan["converts"]
+        if not plan["converts"] and (plan["own_products"] or case.num_layers > 1):
+            assert plan["layer_threads"] > 1
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -99,8 +103,8 @@ def test_weights_gradients_are_made_beside_a_walk_by_one_thread():
 def test_results_and_gradients_made_beside_a_walk_are_right(case, dtype, count):
     with threads(count):
         plan = plan_of(case, dtype)
-        beside = plan["gradient_steps"] < mean_sizes(case)[0]
-        assert beside or dtype == torch.bfloat16 or (count > 2 and plan["column_blocks"] > 1)
+        if plan["own_gradients"] and not plan["converts"]:
+            assert plan["gradient_steps"] < mean_sizes(case)[0]
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -158,7 +162,8 @@ import torch, fastrnn
 from fastrnn import _C
 torch.set_num_threads(4)
 assert _C.cpu_plan(300, 1, 3, 128, num_layers=4)["layer_threads"] == 4
-assert _C.cpu_plan(300, 1, 128, 128)["layer_threads"] == 2
+plan = _C.cpu_plan(300, 1, 128, 128)
+assert plan["layer_threads"] == (2 if plan["own_products"] else 1)
 assert _C.cpu_plan(300, 1, 3, 128)["gradient_steps"] < 300
 for I, layers in (3, 4), (128, 1):
     module = fastrnn.RNN(I, 128, layers)

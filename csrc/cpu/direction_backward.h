@@ -188,7 +188,7 @@ class DirectionBackward {
   void walk_beside_gradients(const Chunk& c) {
     const int64_t threads = std::min(available_threads(), layout_.B + 1), slabs = 2 * threads;
     const BackwardArgs<T> walk = recurrence_args(c);
-    const OuterProducts products = outer_products(c, slabs);
+    const OuterProducts products = outer_products(c, slabs, plan_.gradient_steps * layout_.B);
     const auto part = [&](int64_t i) {
       return part_of(c.range, plan_.gradient_steps, i, /*descending=*/true);
     };
@@ -219,10 +219,10 @@ class DirectionBackward {
     else if (!makes_gradients_beside())
       add_outer_products(c);
     if (!grad_input.defined()) return;
-    if (plan_.own_input_gradient)
-      multiply_delta(c, grad_input, accumulate);
-    else
-      multiply(as_rows(c.delta), cell_.w_ih, as_rows(grad_input), accumulate);
+    if (plan_.own_input_gradient) return multiply_delta(c, grad_input, accumulate);
+    const Tensor out = as_rows(grad_input);
+    TORCH_INTERNAL_ASSERT(out.is_alias_of(grad_input));
+    multiply(as_rows(c.delta), cell_.w_ih, out, accumulate);
   }
 
   /// The gradients, undefined where not wanted, and as they were added up: our kernel's may be
@@ -302,7 +302,8 @@ class DirectionBackward {
     }
   };
 
-  OuterProducts outer_products(const Chunk& c, int64_t parts) {
+  /// For `parts` parts of each gradient, of so many rows at a time.
+  OuterProducts outer_products(const Chunk& c, int64_t parts, int64_t rows_at_once) {
     OuterProducts products;
     if (wanted_[0]) products.x = readable(narrow_steps(layout_, input_, c.range), kType);
     WeightGradientArgs<T>& a = products.args;
@@ -325,8 +326,10 @@ class DirectionBackward {
     if (columns > 0) {
       // An eighth of delta's memory, if that is enough rows.
       constexpr int64_t kLeastRows = 128;
-      const int64_t rows = c.delta.numel() / 8 / (a.parts * columns) / 2 * 2;
-      a.packed_rows = std::clamp(rows, kLeastRows, kernels<T>().packed_rows);
+      const int64_t rows = c.delta.numel() / 8 / (a.parts * columns);
+      a.packed_rows =
+          std::min(std::clamp(rows, kLeastRows, kernels<T>().packed_rows), rows_at_once);
+      a.packed_rows = (a.packed_rows + 1) / 2 * 2;
       products.workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
       a.workspace = mutable_data_of<T>(products.workspace);
     }
@@ -341,7 +344,8 @@ class DirectionBackward {
 
   void add_outer_products(const Chunk& c) {
     if (!wants_weights()) return;
-    const OuterProducts products = outer_products(c, plan_.parallel ? available_threads() : 1);
+    const OuterProducts products =
+        outer_products(c, plan_.parallel ? available_threads() : 1, c.delta.numel() / H_);
     share(products.args.parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) products.add(i, c.range, rows_before(c.range), true);
     });

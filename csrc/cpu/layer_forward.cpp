@@ -130,29 +130,22 @@ void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
 /// Whether the input's product reads packed weights, and x of any strides.
 bool packs_for_product(const Plan& plan) { return plan.own_products && !plan.own_input_product; }
 
-/// Of every direction, for multiply_input.
+/// x W_ih^T for the steps `range`, written where the outputs will be. panels: those of the only
+/// direction's W_ih^T where the product packs, made here where there are none yet; or null.
 template <typename T>
-std::vector<Panels<T>> input_panels(const Plan& plan, const Layer& layer) {
-  std::vector<Panels<T>> panels(layer.directions());
-  if (packs_for_product(plan))
-    for (int64_t d = 0; d < layer.directions(); ++d)
-      panels[d] = Panels<T>(layer.cells[d].w_ih, /*transposed=*/true);
-  return panels;
-}
-
-/// x W_ih^T for the steps `range`, written where the outputs will be. panels: as input_panels.
-template <typename T>
-void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer,
-                    const std::vector<Panels<T>>& panels, const Tensor& x, Range range,
-                    const Tensor& output) {
+void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
+                    Range range, const Tensor& output, std::optional<Panels<T>>* panels = nullptr) {
   const Tensor part = narrow_steps(layout, x, range), out = narrow_steps(layout, output, range);
   const Tensor rows = packs_for_product(plan) ? part : as_rows(part);
   for (int64_t d = 0; d < layer.directions(); ++d) {
     const Tensor& w_ih = layer.cells[d].w_ih;
     const Tensor target = narrow_direction(out, d, layer.hidden_size());
-    if (packs_for_product(plan))
-      multiply_many_rows<T>(plan, rows, w_ih, panels[d], target);
-    else if (plan.own_input_product)
+    if (packs_for_product(plan)) {
+      std::optional<Panels<T>> own;
+      std::optional<Panels<T>>& packed = panels ? *panels : own;
+      if (!packed) packed.emplace(w_ih, /*transposed=*/true);
+      multiply_many_rows<T>(plan, rows, w_ih, *packed, target);
+    } else if (plan.own_input_product)
       multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
     else
       multiply(rows, w_ih.t(), as_rows(target));
@@ -268,14 +261,14 @@ void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Lay
 template <typename T>
 void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
                       at::TensorList outputs, const StackPlan& stack) {
-  // The first part is half as long: nothing is walked before its product is made.
+  // The first part is half as long, since all others wait for it: parts are counted from a step
+  // before the first.
   const Range all{0, layout.T}, parts{-stack.steps / 2, layout.T};
   const int64_t count = static_cast<int64_t>(layers.size());
   const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
   const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
   if (!first.fuse_input && !stack.multiplies_first)
-    multiply_input<T>(layout, first, layers[0], input_panels<T>(first, layers[0]), x, all,
-                      outputs[0]);
+    multiply_input<T>(layout, first, layers[0], x, all, outputs[0]);
   std::vector<Plan> plans;
   std::vector<Tensor> hx;
   for (const Layer& layer : layers) {
@@ -284,7 +277,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     TORCH_INTERNAL_ASSERT(!plans.back().step_products && !plans.back().converts);
   }
   struct Prepared {
-    std::optional<std::vector<Panels<T>>> w_ih;
+    std::optional<Panels<T>> w_ih;
     std::optional<PreparedCell<T>> cell;
   };
   std::vector<Prepared> prepared(stack.threads * count);
@@ -296,8 +289,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     range.begin = std::max<int64_t>(0, range.begin);
     auto& [w_ih, cell] = prepared[thread * count + l];
     if (!plan.fuse_input && (l > 0 || stack.multiplies_first)) {
-      if (!w_ih) w_ih = input_panels<T>(plan, layer);
-      multiply_input<T>(layout, plan, layer, *w_ih, input, range, outputs[l]);
+      multiply_input<T>(layout, plan, layer, input, range, outputs[l], &w_ih);
       if (!stack.keeps_panels) w_ih.reset();
     }
     if (!cell) cell.emplace(layer.cells[0], plan, /*reads_state=*/true);
@@ -320,8 +312,7 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
-  if (!plan.fuse_input)
-    multiply_input<T>(layout, plan, layer, input_panels<T>(plan, layer), x, {0, layout.T}, output);
+  if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, {0, layout.T}, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);

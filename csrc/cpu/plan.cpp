@@ -21,7 +21,7 @@ constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 1
 constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
 // Threads share a step where it takes twice as long as handing the state over in each step
 // (multiply-adds, or, with one or two rows, elements of W_hh that are read: there a thread that
-// walks alone has its products made beside it), and there are so many columns for each.
+// walks alone mostly has products made beside it), and there are so many columns for each.
 constexpr int64_t kWorkToShare = 1 << 16, kElementsToShare = 3 << 14, kColumnsPerBlock = 64;
 // Up to these sizes gradients are ours in every type and on any processor: sums in float32 are
 // small there, and parts of the batch bring more than ATen's products.
@@ -127,9 +127,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
   const bool small = s.H <= kOuterHidden && s.I <= kOuterInput,
              has_many = s.total_rows >= kRowsPerColumn * (s.I + s.H);
-  plan.own_gradients =
-      small || (s.converts ? has_many : s.element_size > 2 && !s.fast_products && !s.baseline);
-  plan.own_input_gradient = plan.own_gradients && (small || s.converts || plan.own_products);
+  plan.own_gradients = small || (s.converts ? has_many : s.element_size > 2 && !s.baseline);
 
   const int64_t together = s.converts ? 1 : s.directions;
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
@@ -145,7 +143,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t rows = mean_rows(s) / plan.row_blocks;
   const int64_t elements = s.H * s.H;
   if (!plan.step_products &&
-      (rows <= 2 ? elements >= kElementsToShare : rows * elements >= kWorkToShare))
+      (rows <= 2 && !s.converts ? elements >= kElementsToShare
+                                : std::max<int64_t>(2, rows) * elements >= kWorkToShare))
     plan.column_blocks = std::clamp<int64_t>(
         std::min(useful_threads / (plan.row_blocks * together), s.H / kColumnsPerBlock), 1,
         kMaxTeam);
@@ -157,11 +156,15 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)
                          : 1;
 
+  // Parts of the batch write rows that are apart, which ATen's product could not.
+  plan.own_input_gradient =
+      plan.own_gradients && (small || s.converts || plan.own_products || plan.batch_parts > 1);
+
   plan_chunks(s, plan);
   const bool walks_alone = together * plan.row_blocks * plan.column_blocks * plan.batch_parts == 1;
   plan.gradient_steps = s.T;
   if (plan.parallel && walks_alone && plan.own_gradients && !plan.backward_step_products &&
-      !s.converts)
+      !plan.packs_once && !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, 2 * kPartsPerThread));
   // A large panel would be in memory beside the gradients; one row needs none.
@@ -182,13 +185,15 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   // A layer has work for two threads at most: one walks, one multiplies.
   const bool multiplies = !plan.fuse_input && (layers > 1 || stack.multiplies_first);
   if (layers == 1 && !multiplies) return by_layers;
+  // Products of so few rows are ATen's, which a part cannot ask for.
+  if (!plan.fuse_input && first.total_rows <= kRowsToPackOnce) return by_layers;
+  const int64_t most = std::min(threads, multiplies ? 2 * layers : layers);
   int64_t parts = first.total_rows * (layer.I + first.H) * first.H / kWorkPerPart;
-  stack.threads =
-      std::clamp<int64_t>(parts, 1, std::min(threads, multiplies ? 2 * layers : layers));
-  if (stack.threads == 1) return by_layers;
   // Panels are in memory as long as the call where they are less than its outputs.
-  stack.keeps_panels = stack.threads * (layer.I + first.H) <= first.total_rows;
+  stack.keeps_panels = std::min(parts, most) * (layer.I + first.H) <= first.total_rows;
   if (!stack.keeps_panels) parts = std::min(parts, first.total_rows / kRowsPerPacking);
+  stack.threads = std::min(parts, most);
+  if (stack.threads <= 1) return by_layers;
   const int64_t each = std::clamp<int64_t>(parts / stack.threads, 1, kPartsPerThread);
   stack.steps = divide_up(first.T, stack.threads * each);
   return stack;

@@ -25,9 +25,9 @@ struct Plan {
   bool own_products;       // products over many rows by our kernels, packed; else by ATen
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
   bool backward_step_products;  // the same in backward
-  bool pack_weights;  // into panels; else they are read as they are (backward: whole vectors only)
-  bool backward_packs;      // W_hh in backward
-  bool pack_input_weights;  // the same for W_ih, where x is read in the step
+  bool pack_weights;            // into panels; else they are read as they are
+  bool backward_packs;          // W_hh in backward; so is one that does not end with a whole vector
+  bool pack_input_weights;      // the same for W_ih, where x is read in the step
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other
   int64_t row_blocks;       // parts of the batch, each walks through time without hand-over
@@ -44,7 +44,7 @@ struct Plan {
 /// `threads`: what at::get_num_threads() says, 1 inside a parallel region.
 Plan plan_layer(const LayerShape& shape, int64_t threads);
 
-/// How layers in one direction run, one or a stack, that have neither rows nor columns for all
+/// How layers in one direction run, one or a stack, that have neither rows nor columns for two
 /// threads.
 struct StackPlan {
   int64_t threads;        // that take parts of the sequence through all layers; 1: layer by layer

@@ -11,12 +11,13 @@
 
 namespace fastrnn::cpu {
 
-constexpr int64_t kPatience = 4000;  // turns of waiting, some microseconds
+constexpr int64_t kPatience = 4000;  // turns of waiting, some microseconds or more
 
-/// Calls run(layer, part, in_order) once for every layer and part, after run(layer - 1, part). In
-/// it in_order(walk) calls walk when the part before has been walked in this layer; the rest of run
-/// waits for nothing. A part has one thread, so that what passes between threads is a layer's last
-/// state; a thread that never comes is not missed, since the others claim its parts.
+/// Calls run(thread, layer, part, in_order) once for every layer and part, by thread number
+/// `thread` or whoever does its work, after it has run the layer before. In run, in_order(walk)
+/// calls walk when the part before has been walked in this layer; the rest waits for nothing. A
+/// part has one thread, so that what passes between threads is a layer's last state; a thread that
+/// never comes is not missed, since the others claim its parts.
 template <typename Run>
 void run_wavefront(int64_t layers, int64_t parts, int64_t threads, const Run& run) {
   struct alignas(64) Progress {
@@ -62,15 +63,25 @@ void run_led(int64_t parts, int64_t slabs, int64_t threads, const Lead& lead,
   };
   std::vector<Progress> done(slabs);
   std::atomic<int64_t> led{0};
-  /// Whether the slab is done.
+  /// Whether the slab is done, after what can be done now.
   const auto go_on = [&](int64_t slab) {
     Progress& p = done[slab];
-    if (p.taken.exchange(true, std::memory_order_acquire)) return false;
+    // A look first: an exchange takes the cache line, even in vain.
     int64_t part = p.parts.load(std::memory_order_relaxed);
+    if (part == led.load(std::memory_order_relaxed)) return part == parts;
+    if (p.taken.exchange(true, std::memory_order_acquire)) return false;
+    part = p.parts.load(std::memory_order_relaxed);
     for (; part < led.load(std::memory_order_acquire); ++part) follow(slab, part);
     p.parts.store(part, std::memory_order_relaxed);
     p.taken.store(false, std::memory_order_release);
     return part == parts;
+  };
+  const auto finish = [&](int64_t first, int64_t last) {
+    for (int64_t left = 1, turn = 0; left > 0; ++turn) {
+      left = 0;
+      for (int64_t slab = first; slab < last; ++slab) left += !go_on(slab);
+      if (turn >= kPatience) give_way();
+    }
   };
   share(threads, 1, [&](int64_t begin, int64_t end) {
     if (begin == 0) {
@@ -78,14 +89,11 @@ void run_led(int64_t parts, int64_t slabs, int64_t threads, const Lead& lead,
         lead(part);
         led.store(part + 1, std::memory_order_release);
       }
+    } else {
+      const int64_t followers = threads - 1;  // each has slabs of its own
+      finish(slabs * (begin - 1) / followers, slabs * (end - 1) / followers);
     }
-    // Its own slabs first, others' when those are done.
-    const int64_t home = slabs * (end - 1) / threads;
-    for (int64_t left = slabs, turn = 0; left > 0; ++turn) {
-      left = 0;
-      for (int64_t i = 0; i < slabs; ++i) left += !go_on((home + i) % slabs);
-      if (turn >= kPatience) give_way();
-    }
+    finish(0, slabs);
   });
 }
 
