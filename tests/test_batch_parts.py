@@ -69,7 +69,8 @@ def test_results_and_gradients_by_parts_are_right(case, dtype, count):
 @pytest.mark.parametrize("case", FEW_ROWS, ids=str)
 def test_results_and_gradients_by_parts_of_few_rows_are_right(case, dtype):
     with threads(2):
-        assert parts_of(case, dtype) == 2
+        if all(plan["own_gradients"] for plan in plans_of(case, dtype)):  # with kernels for AVX2
+            assert parts_of(case, dtype) == 2
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 

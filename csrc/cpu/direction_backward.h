@@ -186,7 +186,9 @@ class DirectionBackward {
   /// The recurrence of a chunk by one thread; others make the gradients of parts that are walked,
   /// of which each row is as much work as the walk. Slabs: some for the walk's thread in the end.
   void walk_beside_gradients(const Chunk& c) {
-    const int64_t threads = std::min(available_threads(), layout_.B + 1), slabs = 2 * threads;
+    const int64_t threads = std::min(available_threads(), layout_.B + 1);
+    const int64_t vectors = kernels<T>().padded_columns(H_) / kernels<T>().padded_columns(1);
+    const int64_t slabs = std::min(2 * threads, vectors);
     const BackwardArgs<T> walk = recurrence_args(c);
     const OuterProducts products = outer_products(c, slabs, plan_.gradient_steps * layout_.B);
     const auto part = [&](int64_t i) {

@@ -370,7 +370,7 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
     if (across < 1) across = 1;
     while (a.parts % across != 0) --across;
     // More threads than vectors in H.
-    while (a.parts / across > a.H / kLanes<T> && 2 * across * kPanel<T> <= K &&
+    while (a.parts / across > (a.H + kLanes<T> - 1) / kLanes<T> && 2 * across * kPanel<T> <= K &&
            a.parts % (2 * across) == 0)
       across *= 2;
     return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
