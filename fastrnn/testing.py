@@ -121,8 +121,6 @@ def grid() -> list[Case]:
         for I, H in ((3, 5), (17, 40), (600, 330)):
             f = "relu" if hx != bi else "tanh"
             cases.append(Case(0, 0, I, H, 2, bi, f, bias=H != 40, hx=hx, lengths=each))
-    # A walk by one thread, products beside it.
-    cases.append(Case(300, 1, 40, 100, hx=True))
     # Backward in two chunks of one step.
     cases.append(Case(2, 320, 3, 40))
     cases.append(Case(0, 0, 3, 40, bidirectional=True, lengths=(2,) * 300 + (1,) * 50))

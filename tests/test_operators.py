@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pack_sequence
 import fastrnn
 from fastrnn import reference, testing
 
-GRID = testing.grid()
+# Besides the grid: a walk by one thread, whose products are made beside it.
+GRID = [*testing.grid(), testing.Case(300, 1, 40, 100, hx=True)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 every_case = pytest.mark.parametrize("case", GRID, ids=str)

@@ -201,7 +201,7 @@ def test_a_worker_loads_makes_bursts_and_starts_again(tmp_path, monkeypatch):
         one.ask("reference", TINY, tmp_path / "reference")
         for mode in MODES:
             assert one.ask("load", TINY, mode, tmp_path / "reference")["calls"] > 1
-            for question in (("burst",), ("mean", 0.0)):
+            for question in (("burst",), ("mean", 0.0, 0.0), ("mean", 0.0, 0.001)):
                 seconds = one.ask(*question)["seconds"]
                 assert math.isfinite(seconds) and seconds > 0
         assert os.environ["OMP_NUM_THREADS"] == "7"
