@@ -84,6 +84,7 @@ def torch_flags():
     )
 
 
+@functools.cache
 def build(*sources, flags=(), link=()):
     """The Library of the sources (absolute paths), compiled unless this was done before."""
     emulator = sorted(HERE.glob("*.cpp"))
