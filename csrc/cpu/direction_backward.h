@@ -199,16 +199,18 @@ class DirectionBackward {
         [&](int64_t i) {
           BackwardArgs<T> a = walk;
           a.row_end = layout_.B;
-          a.steps.begin = part(i).begin;
-          a.steps.end = part(i).end;
+          const Range range = part(i);
+          a.steps.begin = range.begin;
+          a.steps.end = range.end;
           if (i > 0) {
-            a.steps.carry_rows = layout_.rows(a.steps.end);
-            a.carry = {a.delta.row(a.steps.end, 0), a.delta.row_stride};
+            a.steps.carry_rows = layout_.rows(range.end);
+            a.carry = {a.delta.row(range.end, 0), a.delta.row_stride};
           }
           kernels<T>().backward(a);
         },
         [&](int64_t slab, int64_t i) {
-          products.add(slab, part(i), rows_before(part(i)), i == 0);
+          const Range range = part(i);
+          products.add(slab, range, rows_before(range), i == 0);
         });
   }
 

@@ -307,8 +307,10 @@ template <typename T>
 void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) {
   const LayerShape shape = layer_shape(layout, layer);
   const Plan plan = plan_layer(shape, available_threads());
-  const StackPlan alone = plan_stack(shape, /*layers=*/1, available_threads());
-  if (alone.threads > 1) return stack_forward_as<T>(layout, {layer}, {output}, alone);
+  if (plan.parallel) {  // else there is too little work for two parts
+    const StackPlan alone = plan_stack(shape, /*layers=*/1, available_threads());
+    if (alone.threads > 1) return stack_forward_as<T>(layout, {layer}, {output}, alone);
+  }
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
