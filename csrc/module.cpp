@@ -156,9 +156,9 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
   result["layer_threads"] = stack.threads;
+  result["first_steps"] = stack.first_steps;
   result["layer_steps"] = stack.steps;
   result["multiplies_first"] = stack.multiplies_first;
-  result["keeps_panels"] = stack.keeps_panels;
   return result;
 }
 

@@ -147,13 +147,21 @@ class Turn {
   const bool outer_;
 };
 
-/// run(i) for i < count, side by side, where run calls operators: threads of the pool have no state
-/// of the caller's, and without this operators on its tensors would go through autograd's checks.
+/// The same for turns that call operators, one each: threads of the pool have no state of the
+/// caller's, and without this operators on its tensors would go through autograd's checks.
 template <typename Run>
-void run_with_operators(int64_t count, const Run& run) {
+void share_with_operators(int64_t count, const Run& run) {
   share(count, 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Turn turn;
+    run(begin, end);
+  });
+}
+
+/// run(i) for i < count, side by side, where run calls operators.
+template <typename Run>
+void run_with_operators(int64_t count, const Run& run) {
+  share_with_operators(count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run(i);
   });
 }

@@ -12,8 +12,7 @@ from fastrnn import _C, testing
 from fastrnn.testing import Case
 
 # x in the step and before, all layers in a thread each and fewer threads than layers, a last part
-# that is short, weights packed and not, once and for every part; a first layer with many features;
-# one layer.
+# that is short; a first layer with many features; one layer.
 CASES = [
     Case(131, 1, 3, 128, num_layers=2),
     Case(131, 1, 128, 128, num_layers=5, hx=True),
@@ -35,6 +34,8 @@ WALKS = [
     Case(1000, 1, 64, 64),
     Case(300, 3, 20, 100, nonlinearity="relu", batch_first=True, bias=False),
     Case(203, 2, 150, 70, hx=True, num_layers=2),
+    Case(700, 1, 128, 128, num_layers=3),
+    Case(0, 0, 90, 90, lengths=(150, 170, 3), num_layers=2),
     Case(100, 2, 40, 210, hx=True),
     Case(0, 0, 60, 90, lengths=(150, 3, 170), hx=True),
 ]
@@ -53,7 +54,7 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
         assert (plan["layer_threads"], plan["layer_steps"]) == (1, 100)
     with threads(2):
         plan = plan_of(Case(100, 1, 128, 128, num_layers=4), torch.float32)
-        assert (plan["layer_threads"], plan["layer_steps"]) == (2, 25)
+        assert (plan["layer_threads"], plan["first_steps"], plan["layer_steps"]) == (2, 6, 9)
         plan = plan_of(Case(100, 1, 128, 128), torch.float32)
         assert plan["layer_threads"] == (2 if plan["own_products"] else 1)
         for other in (
@@ -99,18 +100,28 @@ def test_weights_gradients_are_made_beside_a_walk_by_one_thread():
             assert plan_of(other, torch.float32)["gradient_steps"] == 100
 
 
-@pytest.mark.parametrize("wanted", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
-def test_one_gradient_alone_is_that_of_all(wanted):
-    case = WALKS[0]
+def gradients_of(module, x, hx, wanted):
+    """By name, of the sum of all outputs; x is called that too."""
+    tensors = {"x": x.clone(), **dict(module.named_parameters())}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in wanted).grad = None
+    sum(y.sum() for y in module(tensors["x"], hx)).backward()
+    return {name: tensors[name].grad for name in wanted}
+
+
+@pytest.mark.parametrize("case", [WALKS[0], CASES[1]], ids=str)
+def test_some_gradients_are_those_of_all(case):
+    """Not all layers run side by side where some weights are not trained."""
     module = case.module(fastrnn.RNN, torch.float32)
-    x, hx = case.arguments(torch.float32)
+    (x, *_), hx = case.arguments(torch.float32)
+    names = ["x", *dict(module.named_parameters())]
     with threads(2):
-        module(x[0], hx)[0].sum().backward()
-        gradients = {name: w.grad for name, w in module.named_parameters()}
-        for name, weight in module.named_parameters():
-            weight.requires_grad_(name == wanted).grad = None
-        module(x[0], hx)[0].sum().backward()
-    assert torch.equal(module.get_parameter(wanted).grad, gradients[wanted])
+        every = gradients_of(module, x, hx, names)
+        last = case.num_layers - 1
+        for wanted in (["x"], [f"weight_hh_l{last}"], ["x", f"weight_ih_l{last}"], *zip(names)):
+            some = gradients_of(module, x, hx, wanted)
+            for name in wanted:
+                torch.testing.assert_close(some[name], every[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

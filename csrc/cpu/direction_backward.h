@@ -19,7 +19,6 @@
 #include <cstring>
 
 #include "layer_common.h"
-#include "wavefront.h"
 
 namespace fastrnn::cpu {
 
@@ -73,6 +72,9 @@ class DirectionBackward {
 
   bool reverse() const { return d_ == 1; }
 
+  /// I and H.
+  std::pair<int64_t, int64_t> sizes() const { return {cell_.w_ih.size(1), H_}; }
+
   /// Chunk number i of the walk, without grad_y and delta.
   Chunk chunk(int64_t i, const Tensor& output) const {
     Chunk c;
@@ -91,6 +93,12 @@ class DirectionBackward {
 
   Tensor make_delta(Range range) const { return make_delta(range, chunk_type_); }
 
+  /// delta of a chunk whose tensors are of type T, to read or to write.
+  template <typename Value>
+  Sequence<Value> delta_of(const Chunk& c) const {
+    return sequence_of<Value>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
+  }
+
   /// The recurrence's arguments for a chunk whose tensors are of type T.
   BackwardArgs<T> recurrence_args(const Chunk& c) const {
     BackwardArgs<T> a;
@@ -104,7 +112,7 @@ class DirectionBackward {
     a.grad_h_n = matrix_of<T>(grad_h_n_);
     a.carry = matrix_of<T>(carry_);
     a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
-    a.delta = sequence_of<T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
+    a.delta = delta_of<T>(c);
     return a;
   }
 
@@ -122,8 +130,9 @@ class DirectionBackward {
     w_hh_ = Tensor();
   }
 
-  /// Keeps delta of the last step walked for the chunk after this one.
-  void keep_carry(const Chunk& c) {
+  /// Keeps what is read of delta later: of the last step walked, and of each row's first step.
+  void keep_states(const Chunk& c) {
+    keep_first_delta(c);
     const int64_t last = last_step(c);
     if (last == (reverse() ? layout_.T - 1 : 0)) {
       carry_ = Tensor();
@@ -174,55 +183,109 @@ class DirectionBackward {
       part.delta = make_delta(part.range, kType);
       run_parts(layout_, plan_, std::vector{recurrence_args(part)}, kernels<T>().backward);
       copy(part.delta, narrow_steps(layout_, c.delta, part.range, c.range.begin));
-      keep_carry(part);
+      keep_states(part);
     }
   }
 
-  /// Whether the weights' gradients are made beside the walk.
+  /// Whether the weights' gradients are made beside the walk, by parts of a chunk.
   bool makes_gradients_beside() const {
     return plan_.gradient_steps < layout_.T && wants_weights();
   }
 
-  /// The recurrence of a chunk by one thread; others make the gradients of parts that are walked,
-  /// of which each row is as much work as the walk. Slabs: some for the walk's thread in the end.
-  void walk_beside_gradients(const Chunk& c) {
-    const int64_t threads = std::min(available_threads(), layout_.B + 1);
-    const int64_t vectors = kernels<T>().padded_columns(H_) / kernels<T>().padded_columns(1);
-    const int64_t slabs = std::min(2 * threads, vectors);
-    const BackwardArgs<T> walk = recurrence_args(c);
-    const OuterProducts products = outer_products(c, slabs, plan_.gradient_steps * layout_.B);
-    const auto part = [&](int64_t i) {
-      return part_of(c.range, plan_.gradient_steps, i, /*descending=*/true);
-    };
-    run_led(
-        parts_in(c.range, plan_.gradient_steps), slabs, threads,
-        [&](int64_t i) {
-          BackwardArgs<T> a = walk;
-          a.row_end = layout_.B;
-          const Range range = part(i);
-          a.steps.begin = range.begin;
-          a.steps.end = range.end;
-          if (i > 0) {
-            a.steps.carry_rows = layout_.rows(range.end);
-            a.carry = {a.delta.row(range.end, 0), a.delta.row_stride};
-          }
-          kernels<T>().backward(a);
-        },
-        [&](int64_t slab, int64_t i) {
-          const Range range = part(i);
-          products.add(slab, range, rows_before(range), i == 0);
-        });
+  /// The recurrence of a part of a chunk, after the parts of later steps, by one thread.
+  void walk_part(const Chunk& c, Range part) const {
+    BackwardArgs<T> a = recurrence_args(c);
+    a.row_end = layout_.B;
+    a.steps.begin = part.begin;
+    a.steps.end = part.end;
+    if (part.end < c.range.end) {
+      a.steps.carry_rows = layout_.rows(part.end);
+      a.carry = {a.delta.row(part.end, 0), a.delta.row_stride};
+    }
+    kernels<T>().backward(a);
   }
 
-  /// Everything that is made of a chunk's delta. grad_input: of the chunk's steps, added to where
-  /// `accumulate`, undefined if not wanted.
-  void add_gradients(const Chunk& c, const Tensor& grad_input, bool accumulate) {
-    keep_first_delta(c);
-    if (!plan_.own_gradients)
-      add_products(c);
-    else if (!makes_gradients_beside())
+  /// The weights' gradients by our kernel: one pass over a chunk's steps, or several over parts.
+  struct OuterProducts {
+    WeightGradientArgs<T> args;
+    Tensor x, workspace;
+
+    /// Part `i` of args.parts, over the steps `range`, the state before which has `carry_rows`.
+    void add(int64_t i, Range range, int64_t carry_rows, bool is_first) const {
+      WeightGradientArgs<T> a = args;
+      a.overwrites = a.overwrites && is_first;
+      a.part = i;
+      a.steps.begin = range.begin;
+      a.steps.end = range.end;
+      a.steps.carry_rows = carry_rows;
+      if (a.workspace) a.workspace += i * a.packed_rows * kernels<T>().packed_columns;
+      kernels<T>().weight_gradients(a);
+    }
+  };
+
+  /// For `parts` parts of each gradient, of so many rows at a time.
+  OuterProducts outer_products(const Chunk& c, int64_t parts, int64_t rows_at_once) {
+    OuterProducts products;
+    if (wanted_[0]) products.x = readable(narrow_steps(layout_, input_, c.range), kType);
+    WeightGradientArgs<T>& a = products.args;
+    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/reverse(), 0);
+    a.I = cell_.w_ih.size(1);
+    a.H = H_;
+    a.x = sequence_of<const T>(layout_, products.x, c.range.begin, 0);
+    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.hx = matrix_of<T>(hx_);
+    a.delta = delta_of<const T>(c);
+    a.overwrites = !sums_.w_ih.defined() && !sums_.w_hh.defined();
+    if (a.overwrites && wanted_[0]) sums_.w_ih = at::empty({H_, a.I}, sum_options());
+    if (a.overwrites && wanted_[1]) sums_.w_hh = at::empty({H_, H_}, sum_options());
+    if (wanted_[0]) a.grad_w_ih = mutable_data_of<Sum<T>>(sums_.w_ih);
+    if (wanted_[1]) a.grad_w_hh = mutable_data_of<Sum<T>>(sums_.w_hh);
+    if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
+    if (!grad_b_.empty()) a.grad_b = grad_b_.data();
+    a.parts = parts;
+    const int64_t columns = kernels<T>().packed_columns;
+    if (columns > 0) {
+      // An eighth of delta's memory, if that is enough rows.
+      constexpr int64_t kLeastRows = 128;
+      const int64_t rows = c.delta.numel() / 8 / (a.parts * columns);
+      a.packed_rows =
+          std::min(std::clamp(rows, kLeastRows, kernels<T>().packed_rows), rows_at_once);
+      a.packed_rows = (a.packed_rows + 1) / 2 * 2;
+      products.workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
+      a.workspace = mutable_data_of<T>(products.workspace);
+    }
+    return products;
+  }
+
+  /// Rows of the state before the steps `range`, in forward order.
+  int64_t rows_before(Range range) const {
+    const int64_t before = reverse() ? range.end : range.begin - 1;
+    return before >= 0 && before < layout_.T ? layout_.rows(before) : 0;
+  }
+
+  /// Of W_ih, for multiply_part.
+  Panels<T> input_panels() const { return Panels<T>(cell_.w_ih, /*transposed=*/false); }
+
+  /// grad_x = delta W_ih of a part of a chunk, by one thread; in the tensor of a whole chunk.
+  void multiply_part(const Chunk& c, Range part, const Panels<T>& w_ih,
+                     const Sequence<T>& grad_input) const {
+    ProductArgs<T> a;
+    a.K = H_;
+    a.N = cell_.w_ih.size(1);
+    a.panels = w_ih.data();
+    multiply_steps(layout_, part, delta_of<const T>(c), a, grad_input);
+  }
+
+  /// The weights' gradients of a chunk, where they are not made beside the walk.
+  void add_weight_gradients(const Chunk& c) {
+    if (plan_.own_gradients)
       add_outer_products(c);
-    if (!grad_input.defined()) return;
+    else
+      add_products(c);
+  }
+
+  /// grad_input: of the chunk's steps, added to where `accumulate`.
+  void add_input_gradient(const Chunk& c, const Tensor& grad_input, bool accumulate) {
     if (plan_.own_input_gradient) return multiply_delta(c, grad_input, accumulate);
     const Tensor out = as_rows(grad_input);
     TORCH_INTERNAL_ASSERT(out.is_alias_of(grad_input));
@@ -288,64 +351,6 @@ class DirectionBackward {
     }
   }
 
-  /// The weights' gradients by our kernel: one pass over a chunk's steps, or several over parts.
-  struct OuterProducts {
-    WeightGradientArgs<T> args;
-    Tensor x, workspace;
-
-    /// Part `i` of args.parts, over the steps `range`, the state before which has `carry_rows`.
-    void add(int64_t i, Range range, int64_t carry_rows, bool is_first) const {
-      WeightGradientArgs<T> a = args;
-      a.overwrites = a.overwrites && is_first;
-      a.part = i;
-      a.steps.begin = range.begin;
-      a.steps.end = range.end;
-      a.steps.carry_rows = carry_rows;
-      if (a.workspace) a.workspace += i * a.packed_rows * kernels<T>().packed_columns;
-      kernels<T>().weight_gradients(a);
-    }
-  };
-
-  /// For `parts` parts of each gradient, of so many rows at a time.
-  OuterProducts outer_products(const Chunk& c, int64_t parts, int64_t rows_at_once) {
-    OuterProducts products;
-    if (wanted_[0]) products.x = readable(narrow_steps(layout_, input_, c.range), kType);
-    WeightGradientArgs<T>& a = products.args;
-    a.steps = steps_of(layout_, c.range.begin, c.range.end, /*descending=*/reverse(), 0);
-    a.I = cell_.w_ih.size(1);
-    a.H = H_;
-    a.x = sequence_of<const T>(layout_, products.x, c.range.begin, 0);
-    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
-    a.hx = matrix_of<T>(hx_);
-    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0, layout_.rows_before);
-    a.overwrites = !sums_.w_ih.defined() && !sums_.w_hh.defined();
-    if (a.overwrites && wanted_[0]) sums_.w_ih = at::empty({H_, a.I}, sum_options());
-    if (a.overwrites && wanted_[1]) sums_.w_hh = at::empty({H_, H_}, sum_options());
-    if (wanted_[0]) a.grad_w_ih = mutable_data_of<Sum<T>>(sums_.w_ih);
-    if (wanted_[1]) a.grad_w_hh = mutable_data_of<Sum<T>>(sums_.w_hh);
-    if (wanted_[2] || wanted_[3]) grad_b_.resize(H_);  // zeros before the first chunk
-    if (!grad_b_.empty()) a.grad_b = grad_b_.data();
-    a.parts = parts;
-    const int64_t columns = kernels<T>().packed_columns;
-    if (columns > 0) {
-      // An eighth of delta's memory, if that is enough rows.
-      constexpr int64_t kLeastRows = 128;
-      const int64_t rows = c.delta.numel() / 8 / (a.parts * columns);
-      a.packed_rows =
-          std::min(std::clamp(rows, kLeastRows, kernels<T>().packed_rows), rows_at_once);
-      a.packed_rows = (a.packed_rows + 1) / 2 * 2;
-      products.workspace = at::empty({a.parts, a.packed_rows, columns}, c.delta.options());
-      a.workspace = mutable_data_of<T>(products.workspace);
-    }
-    return products;
-  }
-
-  /// Rows of the state before the steps `range`, in forward order.
-  int64_t rows_before(Range range) const {
-    const int64_t before = reverse() ? range.end : range.begin - 1;
-    return before >= 0 && before < layout_.T ? layout_.rows(before) : 0;
-  }
-
   void add_outer_products(const Chunk& c) {
     if (!wants_weights()) return;
     const OuterProducts products =
@@ -366,7 +371,7 @@ class DirectionBackward {
         copy(product, grad_input);
       return;
     }
-    const Panels<T> w_ih(cell_.w_ih, /*transposed=*/false);
+    const Panels<T> w_ih = input_panels();
     ProductArgs<T> a;
     a.K = H_;
     a.N = cell_.w_ih.size(1);

@@ -3,6 +3,7 @@
 // Backward of layers: the order in which directions and layers walk through their chunks.
 #include "batch_parts.h"
 #include "direction_backward.h"
+#include "pipeline.h"
 
 namespace fastrnn::cpu {
 
@@ -24,14 +25,12 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
   if (takes_step_products(plan, first)) {
     for (size_t d = 0; d < count; ++d) {
       walks[d].run_by_steps(chunks[d]);
-      walks[d].keep_carry(chunks[d]);
+      walks[d].keep_states(chunks[d]);
     }
     return;
   }
   for (size_t d = 0; d < count; ++d) walks[d].pack();
-  if (walks[0].makes_gradients_beside()) {
-    walks[0].walk_beside_gradients(chunks[0]);
-  } else if (converts_in_parts(plan)) {
+  if (converts_in_parts(plan)) {
     if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;
@@ -39,45 +38,120 @@ void run_recurrence(const Layout& layout, const Plan& plan, bool first, Directio
     run_parts(layout, plan, args, kernels<T>().backward);
   }
   for (size_t d = 0; d < count; ++d) {
-    if (!converts_in_parts(plan)) walks[d].keep_carry(chunks[d]);
+    if (!converts_in_parts(plan)) walks[d].keep_states(chunks[d]);
     walks[d].unpack();
   }
 }
 
+/// All of backward for a chunk of the layers from `lowest` on, as a pipeline of parts: a layer's
+/// walk, its input's gradient, through which the layer below walks, and its weights' gradients, in
+/// slabs. grad_input: of the lowest layer; undefined if it is not made here.
+template <typename T>
+void run_side_by_side(const Layout& layout, std::vector<DirectionBackward<T>>& walks,
+                      int64_t lowest, const std::vector<Chunk>& chunks, int64_t steps,
+                      const Tensor& grad_input) {
+  enum Task { kWalk, kInputGradient, kWeightGradients };  // and slabs from there on
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const int64_t threads = std::min(available_threads(), count * (layout.B + 1));
+  std::vector<typename DirectionBackward<T>::OuterProducts> products(count);
+  std::vector<Stage> stages;
+  int64_t above = -1;
+  for (int64_t l = count - 1; l >= 0; --l) {
+    DirectionBackward<T>& walk = walks[lowest + l];
+    const auto [I, H] = walk.sizes();
+    const int64_t vectors = kernels<T>().padded_columns(H) / kernels<T>().padded_columns(1);
+    const int64_t slabs = std::min(at::divup(2 * threads, count), vectors);
+    products[l] = walk.outer_products(chunks[l], slabs, steps * layout.B);
+    const int64_t after = static_cast<int64_t>(stages.size());
+    stages.push_back({l, kWalk, 2 * H, above});
+    above = after + 1;
+    if (l > 0 || grad_input.defined()) stages.push_back({l, kInputGradient, I, after});
+    for (int64_t slab = 0; slab < slabs; ++slab)
+      stages.push_back({l, kWeightGradients + slab, at::divup(I + H, slabs), after});
+  }
+  divide(stages, threads);
+  std::vector<Panels<T>> w_ih(count);
+  const auto prepare = [&](const Stage& stage) {
+    if (stage.task == kWalk) walks[lowest + stage.layer].pack();
+    if (stage.task == kInputGradient)
+      w_ih[stage.layer] = walks[lowest + stage.layer].input_panels();
+  };
+  const Range range = chunks[0].range;
+  const std::vector<Range> parts = growing_parts(range, steps, steps, /*descending=*/true);
+  const auto run = [&](const Stage& stage, int64_t part) {
+    const int64_t l = stage.layer;
+    const Chunk& c = chunks[l];
+    const DirectionBackward<T>& walk = walks[lowest + l];
+    if (stage.task == kWalk) return walk.walk_part(c, parts[part]);
+    if (stage.task >= kWeightGradients)
+      return products[l].add(stage.task - kWeightGradients, parts[part],
+                             walk.rows_before(parts[part]), part == 0);
+    walk.multiply_part(c, parts[part], w_ih[l],
+                       l > 0 ? walks[lowest + l - 1].template delta_of<T>(chunks[l - 1])
+                             : sequence_of<T>(layout, grad_input, range.begin, 0));
+  };
+  run_pipeline(stages, static_cast<int64_t>(parts.size()), threads, prepare, run);
+  for (int64_t l = 0; l < count; ++l) {
+    walks[lowest + l].keep_states(chunks[l]);
+    walks[lowest + l].unpack();
+  }
+}
+
 /// Layers of one direction: each runs a chunk when the layer above has, whose gradient of that
-/// chunk is then its workspace. T: the type computed in.
+/// chunk is then its workspace, or all of them side by side. T: the type computed in.
 template <typename T>
 std::vector<Cell> stack_backward(const BackwardPass& pass, std::vector<Plan> plans) {
   const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
   const int64_t count = static_cast<int64_t>(layers.size());
-  int64_t steps = layout.T;
-  for (const Plan& plan : plans) steps = std::min(steps, plan.backward_steps);
+  int64_t steps = layout.T, part_steps = layout.T;
+  for (const Plan& plan : plans) {
+    steps = std::min(steps, plan.backward_steps);
+    part_steps = std::min(part_steps, plan.gradient_steps);
+  }
   std::vector<DirectionBackward<T>> walks;
   walks.reserve(count);
+  bool together = true;
   for (int64_t l = 0; l < count; ++l) {
     plans[l].backward_steps = steps;
     walks.emplace_back(layout, plans[l], layers[l], 0,
                        grad_h_n.defined() ? grad_h_n.narrow(0, l, 1) : Tensor(), wanted[l]);
+    together =
+        together && walks[l].makes_gradients_beside() && (l == 0 || plans[l].own_input_gradient);
   }
+  const int64_t group = together ? count : 1;  // layers at a time
   for (int64_t i = 0; i < parts_in({0, layout.T}, steps); ++i) {
-    Tensor grad_y;  // of the chunk, from the layer above
-    for (int64_t l = count - 1; l >= 0; --l) {
-      Chunk c = walks[l].chunk(i, outputs[l]);
-      if (grad_y.defined()) {
-        c.grad_y = grad_y;
-        c.from_above = true;
-        if (!takes_step_products(plans[l], i == 0)) c.delta = grad_y;
-      } else if (grad_output.defined()) {
-        c.grad_y = walks[l].columns(grad_output, c.range);
+    Tensor grad_y;  // of the chunk, from the layers above
+    for (int64_t lowest = count - group; lowest >= 0; lowest -= group) {
+      std::vector<Chunk> chunks(group);
+      for (int64_t l = group - 1; l >= 0; --l) {
+        const Plan& plan = plans[lowest + l];
+        Chunk& c = chunks[l] = walks[lowest + l].chunk(i, outputs[lowest + l]);
+        if (l < group - 1) grad_y = walks[lowest + l].make_delta(c.range);
+        if (grad_y.defined()) {
+          c.grad_y = grad_y;
+          c.from_above = true;
+          if (!takes_step_products(plan, i == 0)) c.delta = grad_y;
+        } else if (grad_output.defined()) {
+          c.grad_y = walks[lowest + l].columns(grad_output, c.range);
+        }
+        if (!c.delta.defined()) c.delta = walks[lowest + l].make_delta(c.range);
       }
-      if (!c.delta.defined()) c.delta = walks[l].make_delta(c.range);
-      run_recurrence(layout, plans[l], /*first=*/i == 0, &walks[l], {c});
+      const Chunk& c = chunks[0];
+      DirectionBackward<T>& walk = walks[lowest];
       grad_y = Tensor();
-      if (l > 0)
-        grad_y = walks[l - 1].make_delta(c.range);
+      if (lowest > 0)
+        grad_y = walks[lowest - 1].make_delta(c.range);
       else if (wanted[0].input.defined())
         grad_y = narrow_steps(layout, wanted[0].input, c.range);
-      walks[l].add_gradients(c, grad_y, /*accumulate=*/false);
+      if (walk.makes_gradients_beside()) {
+        const bool with_input = plans[lowest].own_input_gradient;
+        run_side_by_side(layout, walks, lowest, chunks, part_steps, with_input ? grad_y : Tensor());
+        if (with_input) continue;
+      } else {
+        run_recurrence(layout, plans[lowest], /*first=*/i == 0, &walk, chunks);
+        walk.add_weight_gradients(c);
+      }
+      if (grad_y.defined()) walk.add_input_gradient(c, grad_y, /*accumulate=*/false);
     }
   }
   std::vector<Cell> results;
@@ -111,10 +185,10 @@ std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::ve
       }
       run_recurrence(layout, plan, /*first=*/i == 0, walks.data(), chunks);
       for (int64_t d = 0; d < together; ++d) {
-        Tensor grad_input;
-        if (wanted.input.defined())
-          grad_input = narrow_steps(layout, wanted.input, chunks[d].range);
-        walks[d].add_gradients(chunks[d], grad_input, /*accumulate=*/true);
+        walks[d].add_weight_gradients(chunks[d]);
+        if (!wanted.input.defined()) continue;
+        walks[d].add_input_gradient(chunks[d], narrow_steps(layout, wanted.input, chunks[d].range),
+                                    /*accumulate=*/true);
       }
     }
     for (int64_t d = 0; d < together; ++d)

@@ -212,6 +212,20 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   share(at::divup(a.rows, kTileRows), kTilesPerThread, run, parallel);
 }
 
+/// out = [out +] x M in some steps of all sequences, one after the other. a: but for rows, x and
+/// out.
+template <typename T>
+void multiply_steps(const Layout& layout, Range steps, const Sequence<const T>& x, ProductArgs<T> a,
+                    const Sequence<T>& out) {
+  const bool packed = layout.packed();  // then rows of all steps follow one another
+  a.rows = packed ? layout.offset(steps.end) - layout.offset(steps.begin) : steps.end - steps.begin;
+  for (int64_t b = 0; b < (packed ? 1 : layout.B); ++b) {
+    a.x = {x.row(steps.begin, b), packed ? x.row_stride : x.step_stride};
+    a.out = {out.row(steps.begin, b), packed ? out.row_stride : out.step_stride};
+    kernels<T>().product(a);
+  }
+}
+
 /// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps
 /// `range`, so that long packed sequences share evenly.
 inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_t row_blocks) {

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "layer_common.h"
-#include "wavefront.h"
+#include "pipeline.h"
 
 namespace fastrnn::cpu {
 
@@ -106,7 +106,8 @@ bool is_matrix(const Tensor& t) {
 /// first), and then read as it is, by sequences or by steps, of which there are fewer.
 template <typename T>
 void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
-                        const Panels<T>& panels, const Tensor& out) {
+                        const Tensor& out) {
+  const Panels<T> panels(weight, /*transposed=*/true);
   if (is_matrix(x)) {
     ProductArgs<T> a = product_args<T>(as_rows(x), weight, as_rows(out));
     a.panels = panels.data();
@@ -130,22 +131,16 @@ void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
 /// Whether the input's product reads packed weights, and x of any strides.
 bool packs_for_product(const Plan& plan) { return plan.own_products && !plan.own_input_product; }
 
-/// x W_ih^T for the steps `range`, written where the outputs will be. panels: those of the only
-/// direction's W_ih^T where the product packs, made here where there are none yet; or null.
+/// x W_ih^T, written where the outputs will be.
 template <typename T>
-void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
-                    Range range, const Tensor& output, std::optional<Panels<T>>* panels = nullptr) {
-  const Tensor part = narrow_steps(layout, x, range), out = narrow_steps(layout, output, range);
-  const Tensor rows = packs_for_product(plan) ? part : as_rows(part);
+void multiply_input(const Plan& plan, const Layer& layer, const Tensor& x, const Tensor& output) {
+  const Tensor rows = packs_for_product(plan) ? x : as_rows(x);
   for (int64_t d = 0; d < layer.directions(); ++d) {
     const Tensor& w_ih = layer.cells[d].w_ih;
-    const Tensor target = narrow_direction(out, d, layer.hidden_size());
-    if (packs_for_product(plan)) {
-      std::optional<Panels<T>> own;
-      std::optional<Panels<T>>& packed = panels ? *panels : own;
-      if (!packed) packed.emplace(w_ih, /*transposed=*/true);
-      multiply_many_rows<T>(plan, rows, w_ih, *packed, target);
-    } else if (plan.own_input_product)
+    const Tensor target = narrow_direction(output, d, layer.hidden_size());
+    if (packs_for_product(plan))
+      multiply_many_rows<T>(plan, rows, w_ih, target);
+    else if (plan.own_input_product)
       multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
     else
       multiply(rows, w_ih.t(), as_rows(target));
@@ -255,51 +250,63 @@ void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Lay
   });
 }
 
-/// Layers of one direction, or one: each part of the sequence by one thread. While that walks
-/// through a layer, another multiplies what the part after it reads there. Every thread packs
-/// weights for itself: what another has packed would take longer to reach it.
+/// Layers of one direction, or one, as a pipeline: a layer's product with its input, by parts of
+/// the sequence, and its walk through them each have a thread, which alone reads the weight.
 template <typename T>
 void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
                       at::TensorList outputs, const StackPlan& stack) {
-  // The first part is half as long, since all others wait for it: parts are counted from a step
-  // before the first.
-  const Range all{0, layout.T}, parts{-stack.steps / 2, layout.T};
+  enum Task { kMultiply, kWalk };
   const int64_t count = static_cast<int64_t>(layers.size());
   const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
   const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
   if (!first.fuse_input && !stack.multiplies_first)
-    multiply_input<T>(layout, first, layers[0], x, all, outputs[0]);
+    multiply_input<T>(first, layers[0], x, outputs[0]);
   std::vector<Plan> plans;
   std::vector<Tensor> hx;
-  for (const Layer& layer : layers) {
-    plans.push_back(plan_layer(layer_shape(layout, layer), /*threads=*/1));
-    hx.push_back(readable(layer.hx, x.scalar_type()));
-    TORCH_INTERNAL_ASSERT(!plans.back().step_products && !plans.back().converts);
-  }
-  struct Prepared {
-    std::optional<Panels<T>> w_ih;
-    std::optional<PreparedCell<T>> cell;
-  };
-  std::vector<Prepared> prepared(stack.threads * count);
-  const auto run = [&](int64_t thread, int64_t l, int64_t part, const auto& in_order) {
+  std::vector<Stage> stages;
+  for (int64_t l = 0; l < count; ++l) {
     const Layer& layer = layers[l];
-    const Plan& plan = plans[l];
-    const Tensor& input = l > 0 ? layer.input : x;
-    Range range = part_of(parts, stack.steps, part, /*descending=*/false);
-    range.begin = std::max<int64_t>(0, range.begin);
-    auto& [w_ih, cell] = prepared[thread * count + l];
-    if (!plan.fuse_input && (l > 0 || stack.multiplies_first)) {
-      multiply_input<T>(layout, plan, layer, input, range, outputs[l], &w_ih);
-      if (!stack.keeps_panels) w_ih.reset();
-    }
-    if (!cell) cell.emplace(layer.cells[0], plan, /*reads_state=*/true);
-    ForwardArgs<T> a =
-        forward_args<T>(layout, plan, layer, 0, *cell, input, hx[l], range, outputs[l]);
-    a.row_end = layout.B;
-    in_order([&] { kernels<T>().forward(a); });
-    if (!stack.keeps_panels) cell.reset();
+    const Plan& plan = plans.emplace_back(plan_layer(layer_shape(layout, layer), /*threads=*/1));
+    TORCH_INTERNAL_ASSERT(!plan.step_products && !plan.converts);
+    hx.push_back(readable(layer.hx, x.scalar_type()));
+    const int64_t I = layer.input.size(-1), H = layer.hidden_size();
+    // A step of one row takes twice as long as a row of a product.
+    if (!plan.fuse_input && (l > 0 || stack.multiplies_first))
+      stages.push_back({l, kMultiply, I, static_cast<int64_t>(stages.size()) - 1});
+    stages.push_back(
+        {l, kWalk, 2 * H + (plan.fuse_input ? I : 0), static_cast<int64_t>(stages.size()) - 1});
+  }
+  divide(stages, stack.threads);
+  // The calling thread gets the last ones: backward begins with it there.
+  for (Stage& stage : stages) stage.thread = stack.threads - 1 - stage.thread;
+  std::vector<std::optional<Panels<T>>> w_ih(count);
+  std::vector<std::optional<PreparedCell<T>>> cells(count);
+  const auto prepare = [&](const Stage& stage) {
+    const int64_t l = stage.layer;
+    if (stage.task == kMultiply)
+      w_ih[l].emplace(layers[l].cells[0].w_ih, /*transposed=*/true);
+    else
+      cells[l].emplace(layers[l].cells[0], plans[l], /*reads_state=*/true);
   };
-  run_wavefront(count, parts_in(parts, stack.steps), stack.threads, run);
+  const std::vector<Range> parts =
+      growing_parts({0, layout.T}, stack.first_steps, stack.steps, /*descending=*/false);
+  const auto run = [&](const Stage& stage, int64_t part) {
+    const int64_t l = stage.layer;
+    const Tensor& input = l > 0 ? layers[l].input : x;
+    if (stage.task == kMultiply) {
+      ProductArgs<T> a;
+      a.K = input.size(-1);
+      a.N = layers[l].hidden_size();
+      a.panels = w_ih[l]->data();
+      return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0), a,
+                            sequence_of<T>(layout, outputs[l], 0, 0));
+    }
+    ForwardArgs<T> a = forward_args<T>(layout, plans[l], layers[l], 0, *cells[l], input, hx[l],
+                                       parts[part], outputs[l]);
+    a.row_end = layout.B;
+    kernels<T>().forward(a);
+  };
+  run_pipeline(stages, static_cast<int64_t>(parts.size()), stack.threads, prepare, run);
 }
 
 /// T: the type computed in.
@@ -314,7 +321,7 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
-  if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, {0, layout.T}, output);
+  if (!plan.fuse_input) multiply_input<T>(plan, layer, x, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);

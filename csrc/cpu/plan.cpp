@@ -53,12 +53,16 @@ constexpr int64_t kLargePanelBytes = 1 << 20;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
 constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
-// Parts of a sequence, where layers, or a walk and the products around it, run side by side: a few
-// for each thread, so that all are busy most of the time, but of so many multiply-adds that what a
-// part costs besides, some microseconds, counts little; where each packs its weights, of as many
-// rows as make that worth it. A first layer's product with more features than this, of H, is made
-// before by all threads, which pack its weights once.
-constexpr int64_t kPartsPerThread = 8, kWorkPerPart = 1 << 19, kRowsPerPacking = 24, kWideInput = 2;
+// Layers, or a walk and the products before it, side by side: multiply-adds of a layer for each
+// thread; rows of the first part, a tile, for which all wait; and so many larger ones, since each
+// costs half a microsecond besides. All layers' packed weights are in memory at once then: no more
+// than so many times the outputs. A first layer's product with more features than this, of H, is
+// made before by all threads.
+constexpr int64_t kWorkPerStage = 1 << 19, kFirstRows = 6, kPartsOfStage = 12;
+constexpr int64_t kPanelsPerOutput = 4, kWideInput = 2;
+// Parts whose weight gradients are made beside the walk: of so many multiply-adds, since each reads
+// and writes all sums, and so many at most.
+constexpr int64_t kWorkPerPart = 1 << 19, kGradientParts = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -166,7 +170,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   if (plan.parallel && walks_alone && plan.own_gradients && !plan.backward_step_products &&
       !plan.packs_once && !s.converts)
     plan.gradient_steps =
-        divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, 2 * kPartsPerThread));
+        divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
   // A large panel would be in memory beside the gradients; one row needs none.
   plan.backward_packs =
       plan.pack_weights && (plan.gradient_steps == s.T || s.B > 1 || s.H < kSmallHidden);
@@ -174,7 +178,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
 }
 
 StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
-  const StackPlan by_layers{1, first.T, false, false};
+  const StackPlan by_layers{1, first.T, first.T, false};
   if (threads == 1 || first.directions == 2 || first.converts) return by_layers;
   LayerShape layer = first;
   if (layers > 1) layer.I = first.H;
@@ -182,20 +186,17 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   if (plan.step_products || plan.row_blocks * plan.column_blocks > 1) return by_layers;
   StackPlan stack;
   stack.multiplies_first = plan.own_products && first.I <= kWideInput * first.H;
-  // A layer has work for two threads at most: one walks, one multiplies.
   const bool multiplies = !plan.fuse_input && (layers > 1 || stack.multiplies_first);
   if (layers == 1 && !multiplies) return by_layers;
   // Products of so few rows are ATen's, which a part cannot ask for.
   if (!plan.fuse_input && first.total_rows <= kRowsToPackOnce) return by_layers;
-  const int64_t most = std::min(threads, multiplies ? 2 * layers : layers);
-  int64_t parts = first.total_rows * (layer.I + first.H) * first.H / kWorkPerPart;
-  // Panels are in memory as long as the call where they are less than its outputs.
-  stack.keeps_panels = std::min(parts, most) * (layer.I + first.H) <= first.total_rows;
-  if (!stack.keeps_panels) parts = std::min(parts, first.total_rows / kRowsPerPacking);
-  stack.threads = std::min(parts, most);
+  if (layers > 1 && layer.I + first.H > kPanelsPerOutput * first.total_rows) return by_layers;
+  // A layer has work for two threads at most: one walks, one multiplies.
+  const int64_t work = first.total_rows * (layer.I + first.H) * first.H;
+  stack.threads = std::min({threads, multiplies ? 2 * layers : layers, work / kWorkPerStage});
   if (stack.threads <= 1) return by_layers;
-  const int64_t each = std::clamp<int64_t>(parts / stack.threads, 1, kPartsPerThread);
-  stack.steps = divide_up(first.T, stack.threads * each);
+  stack.first_steps = divide_up(kFirstRows, mean_rows(first));
+  stack.steps = std::max(stack.first_steps, divide_up(first.T, kPartsOfStage));
   return stack;
 }
 

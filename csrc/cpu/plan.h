@@ -47,10 +47,10 @@ Plan plan_layer(const LayerShape& shape, int64_t threads);
 /// How layers in one direction run, one or a stack, that have neither rows nor columns for two
 /// threads.
 struct StackPlan {
-  int64_t threads;        // that take parts of the sequence through all layers; 1: layer by layer
-  int64_t steps;          // of such a part
-  bool multiplies_first;  // the first layer's product with the input is made part by part too
-  bool keeps_panels;      // a thread packs weights once, and not anew for every part
+  int64_t threads;        // that have stages of all layers' work; 1: layer by layer
+  int64_t first_steps;    // of the first part of the sequence that passes from stage to stage
+  int64_t steps;          // of a part at most
+  bool multiplies_first;  // the first layer's product with the input is a stage too
 };
 
 /// `first`: of `layers` layers; the others have H features.

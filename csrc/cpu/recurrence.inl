@@ -46,6 +46,20 @@ FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool des
       [&](int64_t i, int64_t n) { run(s, vectors * i / n, vectors * (i + 1) / n, descending); });
 }
 
+/// Asks for rows of the step after t, which another thread may have written: a step of one or two
+/// rows is so little work that it would wait for them.
+template <typename T>
+FASTRNN_INLINE void fetch_next(const Sequence<T>& s, const Steps& steps, int64_t t, int64_t row,
+                               int64_t rows, int64_t N) {
+  constexpr int64_t kMostRows = 2, kLine = 64 / sizeof(T);
+  const int64_t next = steps.descending ? t - 1 : t + 1;
+  if (s.data == nullptr || rows > kMostRows || next < steps.begin || steps.end <= next) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < N; j += kLine)
+      __builtin_prefetch(s.row(next, row + r) + j, /*for writing=*/!std::is_const_v<T>);
+  }
+}
+
 template <typename T, typename Act>
 void forward_loop(const ForwardArgs<T>& a) {
   const bool fused = a.x.data != nullptr, unpacked = a.w_hh.data != nullptr;
@@ -64,6 +78,7 @@ void forward_loop(const ForwardArgs<T>& a) {
               s.w_x = a.w_ih;
             } else {
               s.addend = read_only(s.out);
+              fetch_next(a.y, a.steps, t, first, s.rows, a.H);
             }
             s.s = previous.data ? previous : from_row(a.hx, first);
             s.K = s.s.data ? a.H : 0;
@@ -96,6 +111,8 @@ void backward_loop(const BackwardArgs<T>& a) {
             }
             s.h = rows_of(a.y, t, first);
             s.out = rows_of(a.delta, t, first);
+            fetch_next(a.grad_y, a.steps, t, first, s.rows, a.H);
+            fetch_next(a.y, a.steps, t, first, s.rows, a.H);
             if (unpacked)
               run_step_unpacked<T>(s, rounds, t & 1,
                                    run_unpacked_backward<T, BackwardEpilogue<Act>>);
