@@ -6,6 +6,8 @@
 //   FASTRNN_VECTOR_BYTES  the vector's width,
 //   FASTRNN_TILE_ROWS     rows of the largest register tile,
 //   FASTRNN_TILE_VECTORS  vectors per row of a tile, hence the width of a panel,
+//   FASTRNN_TERMS         terms of a sum that are added one after another: fewer where each
+//                         product is rounded too, for want of a fused multiply-add,
 //   FASTRNN_MASKED_LOAD   defined where there is masked_load(pointer, count) of float and double,
 //   FASTRNN_BFLOAT16      defined if the target multiplies in bfloat16 (avx512_bf16).
 // Everything has internal linkage, so that the linker can never take a function that was compiled

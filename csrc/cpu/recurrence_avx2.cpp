@@ -18,6 +18,7 @@
 #define FASTRNN_VECTOR_BYTES 32
 #define FASTRNN_TILE_ROWS 6
 #define FASTRNN_TILE_VECTORS 2
+#define FASTRNN_TERMS 64
 #define FASTRNN_MASKED_LOAD
 
 namespace fastrnn::cpu {

@@ -20,6 +20,7 @@
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_TILE_ROWS 6
 #define FASTRNN_TILE_VECTORS 4
+#define FASTRNN_TERMS 64
 #define FASTRNN_MASKED_LOAD
 
 namespace fastrnn::cpu {

@@ -6,6 +6,7 @@
 #define FASTRNN_VECTOR_BYTES 16
 #define FASTRNN_TILE_ROWS 4
 #define FASTRNN_TILE_VECTORS 2
+#define FASTRNN_TERMS 16
 
 namespace fastrnn::cpu {
 namespace default_target {

@@ -97,7 +97,7 @@ FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, con
 /// Terms that are added one after another, with packed weights. Longer sums are sums of such parts,
 /// and two products are added up apart: rounding errors then stay near those of a blocked matrix
 /// product.
-constexpr int64_t kTerms = 64;
+constexpr int64_t kTerms = FASTRNN_TERMS;
 /// A product this short goes straight into the sum: a part would cost more than it.
 constexpr int64_t kFewTerms = 8;
 
