@@ -136,7 +136,8 @@ void share(int64_t count, int64_t grain, const Run& run, bool parallel = true) {
   counted_at.store(end, std::memory_order_relaxed);
 }
 
-/// While there is one, its thread is in turns of run_with_operators, perhaps in all of them alone.
+/// While there is one, its thread is in turns of share_with_operators, perhaps in all of them
+/// alone.
 class Turn {
  public:
   Turn() : outer_(inside) { inside = true; }
@@ -147,7 +148,7 @@ class Turn {
   const bool outer_;
 };
 
-/// The same for turns that call operators, one each: threads of the pool have no state of the
+/// share(count, 1, run), where run calls operators: threads of the pool have no state of the
 /// caller's, and without this operators on its tensors would go through autograd's checks.
 template <typename Run>
 void share_with_operators(int64_t count, const Run& run) {

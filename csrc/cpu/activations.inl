@@ -56,7 +56,7 @@ struct ExpConstants<double> {
 };
 
 struct Tanh {
-  /// tanh a = e / (1 + e) with e = (exp(2a) - 1) / 2 of a = -|x|, so that nothing is larger than 1.
+  /// tanh a = e / (1 + e) with e = (exp(2a) - 1) / 2 of a = -|x|: e and 1 + e are never large.
   /// What each rounding of e, 1 + e and the quotient loses is carried in a second number (_low):
   /// the result is within 1 ulp (1.5 on a target without fused multiply-add), against 2.5 without.
   /// Keeps the sign of zero, passes NaN. One sequence waits for it in each step: the chain of what

@@ -117,7 +117,7 @@ class DirectionBackward {
   }
 
   /// W_hh is packed anew for every chunk, which costs little beside the chunk, so that it is not in
-  /// memory during the chunk's products.
+  /// memory during the chunk's products, if they come after the walk.
   void pack() {
     if (layout_.T == 1) return;
     if (packs_)

@@ -212,16 +212,20 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   share(at::divup(a.rows, kTileRows), kTilesPerThread, run, parallel);
 }
 
-/// out = [out +] x M in some steps of all sequences, one after the other. a: but for rows, x and
-/// out.
+/// out = [out +] x M in some steps of all sequences: at once, or, where rows of all steps do not
+/// follow one another, one sequence after the other. a: but for rows, x and out.
 template <typename T>
 void multiply_steps(const Layout& layout, Range steps, const Sequence<const T>& x, ProductArgs<T> a,
                     const Sequence<T>& out) {
-  const bool packed = layout.packed();  // then rows of all steps follow one another
-  a.rows = packed ? layout.offset(steps.end) - layout.offset(steps.begin) : steps.end - steps.begin;
-  for (int64_t b = 0; b < (packed ? 1 : layout.B); ++b) {
-    a.x = {x.row(steps.begin, b), packed ? x.row_stride : x.step_stride};
-    a.out = {out.row(steps.begin, b), packed ? out.row_stride : out.step_stride};
+  const auto is_matrix = [&](const auto& sequence) {
+    return layout.packed() || sequence.step_stride == layout.B * sequence.row_stride;
+  };
+  const bool at_once = is_matrix(x) && is_matrix(out);
+  a.rows =
+      at_once ? layout.offset(steps.end) - layout.offset(steps.begin) : steps.end - steps.begin;
+  for (int64_t b = 0; b < (at_once ? 1 : layout.B); ++b) {
+    a.x = {x.row(steps.begin, b), at_once ? x.row_stride : x.step_stride};
+    a.out = {out.row(steps.begin, b), at_once ? out.row_stride : out.step_stride};
     kernels<T>().product(a);
   }
 }

@@ -251,7 +251,7 @@ void forward_converted_by_rows(const Layout& layout, const Plan& plan, const Lay
 }
 
 /// Layers of one direction, or one, as a pipeline: a layer's product with its input, by parts of
-/// the sequence, and its walk through them each have a thread, which alone reads the weight.
+/// the sequence, and its walk through them are stages, each of which has a weight of its own.
 template <typename T>
 void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
                       at::TensorList outputs, const StackPlan& stack) {
@@ -279,12 +279,12 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
   divide(stages, stack.threads);
   // The calling thread gets the last ones: backward begins with it there.
   for (Stage& stage : stages) stage.thread = stack.threads - 1 - stage.thread;
-  std::vector<std::optional<Panels<T>>> w_ih(count);
+  std::vector<Panels<T>> w_ih(count);
   std::vector<std::optional<PreparedCell<T>>> cells(count);
   const auto prepare = [&](const Stage& stage) {
     const int64_t l = stage.layer;
     if (stage.task == kMultiply)
-      w_ih[l].emplace(layers[l].cells[0].w_ih, /*transposed=*/true);
+      w_ih[l] = Panels<T>(layers[l].cells[0].w_ih, /*transposed=*/true);
     else
       cells[l].emplace(layers[l].cells[0], plans[l], /*reads_state=*/true);
   };
@@ -297,7 +297,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
       ProductArgs<T> a;
       a.K = input.size(-1);
       a.N = layers[l].hidden_size();
-      a.panels = w_ih[l]->data();
+      a.panels = w_ih[l].data();
       return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0), a,
                             sequence_of<T>(layout, outputs[l], 0, 0));
     }

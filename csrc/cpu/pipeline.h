@@ -47,7 +47,7 @@ inline std::vector<Range> growing_parts(Range all, int64_t first, int64_t most, 
 template <typename Prepare, typename Run>
 void run_pipeline(const std::vector<Stage>& stages, int64_t parts, int64_t threads,
                   const Prepare& prepare, const Run& run) {
-  constexpr int64_t kPatience = 4000;  // turns of waiting, some microseconds or more
+  constexpr int64_t kPatience = 4000;  // looks at stages while waiting, some microseconds or more
   struct alignas(64) Progress {
     std::atomic<bool> taken{false};  // a thread is at it
     std::atomic<int64_t> next{-1};   // the first part that is not done; -1: not prepared
@@ -64,8 +64,9 @@ void run_pipeline(const std::vector<Stage>& stages, int64_t parts, int64_t threa
     const int64_t after = stages[s].after;
     return after < 0 ? parts : progress[after].next.load(std::memory_order_acquire);
   };
-  /// Does what can be done now of a stage, but one part at most where others wait for it; or, if
-  /// `early`, prepares it. Returns false if that is nothing, or a thread is at it.
+  /// Does what can be done now of a stage, but one part at most where others wait for it; if
+  /// `early`, prepares it even without a part. Returns false if there is nothing, or a thread is at
+  /// it.
   const auto go_on = [&](int64_t s, bool early) {
     Progress& p = progress[s];
     // A look first: an exchange takes the cache line, even in vain.
@@ -105,7 +106,7 @@ void run_pipeline(const std::vector<Stage>& stages, int64_t parts, int64_t threa
     };
     try {
       for (int64_t turn = 0; left > 0 && !failed; ++turn) {
-        const bool is_late = turn >= kPatience;
+        const bool is_late = turn >= kPatience / count;
         if (do_own(/*early=*/turn > 0))
           turn = -1;
         else if (!help(/*with_all=*/is_late) && is_late)

@@ -191,9 +191,11 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   // Products of so few rows are ATen's, which a part cannot ask for.
   if (!plan.fuse_input && first.total_rows <= kRowsToPackOnce) return by_layers;
   if (layers > 1 && layer.I + first.H > kPanelsPerOutput * first.total_rows) return by_layers;
-  // A layer has work for two threads at most: one walks, one multiplies.
+  // Stages: each layer's walk, and its product, if that is not in the walk or made before.
+  const bool first_multiplies = stack.multiplies_first && !plan_layer(first, threads).fuse_input;
+  const int64_t stages = layers + (plan.fuse_input ? 0 : layers - 1) + first_multiplies;
   const int64_t work = first.total_rows * (layer.I + first.H) * first.H;
-  stack.threads = std::min({threads, multiplies ? 2 * layers : layers, work / kWorkPerStage});
+  stack.threads = std::min({threads, stages, work / kWorkPerStage});
   if (stack.threads <= 1) return by_layers;
   stack.first_steps = divide_up(kFirstRows, mean_rows(first));
   stack.steps = std::max(stack.first_steps, divide_up(first.T, kPartsOfStage));

@@ -49,15 +49,18 @@ FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool des
 }
 
 /// Asks for rows of the step after t, which another thread may have written: a step of one or two
-/// rows is so little work that it would wait for them.
-template <typename T>
-FASTRNN_INLINE void fetch_next(const Sequence<T>& s, const Steps& steps, int64_t t, int64_t row,
-                               int64_t rows, int64_t N) {
+/// rows is so little work that it would wait for them. args: those of the walk. (Members of a team
+/// would take the rows from each other.)
+template <typename Args, typename T>
+FASTRNN_INLINE void fetch_next(const Args& args, const Sequence<T>& s, int64_t t, int64_t row,
+                               int64_t rows) {
   constexpr int64_t kMostRows = 2, kLine = 64 / sizeof(T);
+  const Steps& steps = args.steps;
   const int64_t next = steps.descending ? t - 1 : t + 1;
-  if (s.data == nullptr || rows > kMostRows || next < steps.begin || steps.end <= next) return;
+  const bool is_there = s.data != nullptr && steps.begin <= next && next < steps.end;
+  if (!is_there || rows > kMostRows || args.team.slabs != nullptr) return;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < N; j += kLine)
+    for (int64_t j = 0; j < args.H; j += kLine)
       __builtin_prefetch(s.row(next, row + r) + j, /*for writing=*/!std::is_const_v<T>);
   }
 }
@@ -80,7 +83,7 @@ void forward_loop(const ForwardArgs<T>& a) {
               s.w_x = a.w_ih;
             } else {
               s.addend = read_only(s.out);
-              fetch_next(a.y, a.steps, t, first, s.rows, a.H);
+              fetch_next(a, a.y, t, first, s.rows);
             }
             s.s = previous.data ? previous : from_row(a.hx, first);
             s.K = s.s.data ? a.H : 0;
@@ -113,8 +116,8 @@ void backward_loop(const BackwardArgs<T>& a) {
             }
             s.h = rows_of(a.y, t, first);
             s.out = rows_of(a.delta, t, first);
-            fetch_next(a.grad_y, a.steps, t, first, s.rows, a.H);
-            fetch_next(a.y, a.steps, t, first, s.rows, a.H);
+            fetch_next(a, a.grad_y, t, first, s.rows);
+            fetch_next(a, a.y, t, first, s.rows);
             if (unpacked)
               run_step_unpacked<T>(s, rounds, t & 1,
                                    run_unpacked_backward<T, BackwardEpilogue<Act>>);
