@@ -77,20 +77,22 @@ void run_side_by_side(const Layout& layout, std::vector<DirectionBackward<T>>& w
       w_ih[stage.layer] = walks[lowest + stage.layer].input_panels();
   };
   const Range range = chunks[0].range;
-  const std::vector<Range> parts = growing_parts(range, steps, steps, /*descending=*/true);
+  const auto range_of = [&](int64_t part) {
+    return part_of(range, steps, part, /*descending=*/true);
+  };
   const auto run = [&](const Stage& stage, int64_t part) {
     const int64_t l = stage.layer;
     const Chunk& c = chunks[l];
     const DirectionBackward<T>& walk = walks[lowest + l];
-    if (stage.task == kWalk) return walk.walk_part(c, parts[part]);
+    if (stage.task == kWalk) return walk.walk_part(c, range_of(part));
     if (stage.task >= kWeightGradients)
-      return products[l].add(stage.task - kWeightGradients, parts[part],
-                             walk.rows_before(parts[part]), part == 0);
-    walk.multiply_part(c, parts[part], w_ih[l],
+      return products[l].add(stage.task - kWeightGradients, range_of(part),
+                             walk.rows_before(range_of(part)), part == 0);
+    walk.multiply_part(c, range_of(part), w_ih[l],
                        l > 0 ? walks[lowest + l - 1].template delta_of<T>(chunks[l - 1])
                              : sequence_of<T>(layout, grad_input, range.begin, 0));
   };
-  run_pipeline(stages, static_cast<int64_t>(parts.size()), threads, prepare, run);
+  run_pipeline(stages, parts_in(range, steps), threads, prepare, run);
   for (int64_t l = 0; l < count; ++l) {
     walks[lowest + l].keep_states(chunks[l]);
     walks[lowest + l].unpack();

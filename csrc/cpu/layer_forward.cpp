@@ -288,8 +288,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     else
       cells[l].emplace(layers[l].cells[0], plans[l], /*reads_state=*/true);
   };
-  const std::vector<Range> parts =
-      growing_parts({0, layout.T}, stack.first_steps, stack.steps, /*descending=*/false);
+  const std::vector<Range> parts = growing_parts(layout.T, stack.first_steps, stack.steps);
   const auto run = [&](const Stage& stage, int64_t part) {
     const int64_t l = stage.layer;
     const Tensor& input = l > 0 ? layers[l].input : x;

@@ -29,13 +29,13 @@ inline void divide(std::vector<Stage>& stages, int64_t threads) {
   }
 }
 
-/// Parts of the steps `all` in the order of the walk. Since other stages wait for the first one, it
-/// has `first` steps only; each next is half as long again, up to `most` steps.
-inline std::vector<Range> growing_parts(Range all, int64_t first, int64_t most, bool descending) {
+/// Parts of T steps. Since other stages wait for the first one, it has `first` steps only; each
+/// next is half as long again, up to `most` steps.
+inline std::vector<Range> growing_parts(int64_t T, int64_t first, int64_t most) {
   std::vector<Range> parts;
-  for (int64_t steps = first; all.begin < all.end; steps += (steps + 1) / 2) {
-    parts.push_back(part_of(all, std::min(steps, most), 0, descending));
-    (descending ? all.end : all.begin) = descending ? parts.back().begin : parts.back().end;
+  for (int64_t begin = 0, steps = first; begin < T; steps += (steps + 1) / 2) {
+    parts.push_back({begin, std::min(T, begin + std::min(steps, most))});
+    begin = parts.back().end;
   }
   return parts;
 }

@@ -186,8 +186,6 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   if (plan.step_products || plan.row_blocks * plan.column_blocks > 1) return by_layers;
   StackPlan stack;
   stack.multiplies_first = plan.own_products && first.I <= kWideInput * first.H;
-  const bool multiplies = !plan.fuse_input && (layers > 1 || stack.multiplies_first);
-  if (layers == 1 && !multiplies) return by_layers;
   // Products of so few rows are ATen's, which a part cannot ask for.
   if (!plan.fuse_input && first.total_rows <= kRowsToPackOnce) return by_layers;
   if (layers > 1 && layer.I + first.H > kPanelsPerOutput * first.total_rows) return by_layers;
