@@ -197,19 +197,21 @@ class Panels {
 };
 
 /// The product of a.rows rows with packed weights, which the threads share if `parallel`: by whole
-/// tiles of any capability, so that a row is in the same tile whoever computes it.
+/// tiles of any capability, the last of them with all rows that are left. A row alone would be
+/// added up in another order than among others.
 template <typename T>
 void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   constexpr int64_t kTileRows = 12, kTilesPerThread = 3;
+  const int64_t tiles = std::max<int64_t>(1, a.rows / kTileRows);
   const auto run = [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kTileRows;
     ProductArgs<T> part = a;
-    part.rows = std::min(a.rows, end * kTileRows) - first;
+    part.rows = (end == tiles ? a.rows : end * kTileRows) - first;
     part.x.data += first * a.x.row_stride;
     part.out.data += first * a.out.row_stride;
     kernels<T>().product(part);
   };
-  share(at::divup(a.rows, kTileRows), kTilesPerThread, run, parallel);
+  share(tiles, kTilesPerThread, run, parallel);
 }
 
 /// out = [out +] x M in some steps of all sequences: at once, or, where rows of all steps do not

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kFusedBytes = 1 << 20, kInputToMultiply = 32, kInputToPack = 16;
 // A part of the batch smaller than this leaves the register tiles too empty; for small W_hh that is
 // still better than any hand-over.
-constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 128;
+constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2, kSmallHidden = 192;
 // Threads share a step where it takes twice as long as handing the state over in each step
 // (multiply-adds, or, with one or two rows, elements of W_hh that are read: there a thread that
 // walks alone mostly has products made beside it), and there are so many columns for each.
@@ -30,8 +30,11 @@ constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // each of their columns.
 constexpr int64_t kRowsPerColumn = 4;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
-// layer. One or two rows read W_hh at the speed of the cache that holds it, packed or not.
-constexpr int64_t kRowsToPack = 16, kBatchToPack = 2, kHiddenToPack = 256, kTinyHidden = 8;
+// layer. One or two rows read a large W_hh nearly as fast without that: it pays only in forward,
+// for more rows in all, while the second-level cache holds it.
+constexpr int64_t kRowsToPack = 16, kTinyHidden = 8;
+constexpr int64_t kBatchToPack = 2, kHiddenToPack = 256, kRowsToPackForFew = 64,
+                  kBytesToPackForFew = 1 << 20;
 // Rows that a large packed weight has to serve before it is cheaper than ATen's products: in all
 // steps, each with its own product, and in one product. The hidden size from which 16-bit matrix
 // instructions in that product outweigh all else.
@@ -48,8 +51,9 @@ constexpr int64_t kWorkPerBatchPart = 1 << 20, kBatchPartHidden = 192;
 // the sequence only, where that is more than small change: with the kept outputs, the workspace
 // then stays below what nn.RNN holds.
 constexpr int64_t kChunkBytes = 4 << 20, kSmallBytes = 3 << 15, kParts = 4;
-// Smaller panels are too little memory to give up the speed of packing for.
-constexpr int64_t kLargePanelBytes = 1 << 20;
+// Smaller panels are too little memory to give up the speed of packing for; one row gains little by
+// it anyway.
+constexpr int64_t kLargePanelBytes = 1 << 20, kHiddenToPackForOne = 128;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
 constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
@@ -108,8 +112,11 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
 Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   plan.converts = s.converts;
+  const bool few_in_large = !s.converts && s.B <= kBatchToPack && s.H >= kHiddenToPack;
   plan.pack_weights = s.converts || (s.H <= kTinyHidden && s.I <= s.total_rows) ||
-                      (s.total_rows > kRowsToPack && (s.B > kBatchToPack || s.H < kHiddenToPack));
+                      (few_in_large ? s.total_rows >= kRowsToPackForFew &&
+                                          s.H * s.H * s.element_size <= kBytesToPackForFew
+                                    : s.total_rows > kRowsToPack);
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
@@ -171,9 +178,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       !plan.packs_once && !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
-  // A large panel would be in memory beside the gradients; one row needs none.
-  plan.backward_packs =
-      plan.pack_weights && (plan.gradient_steps == s.T || s.B > 1 || s.H < kSmallHidden);
+  // A panel would be in memory beside the gradients.
+  plan.backward_packs = plan.pack_weights && !few_in_large &&
+                        (plan.gradient_steps == s.T || s.B > 1 || s.H < kHiddenToPackForOne);
   return plan;
 }
 

@@ -145,8 +145,8 @@ void product(const ProductArgs<T>& a) {
     s.K = a.K;
     s.s_panels = a.panels;
     const int64_t panels = (a.N + kPanel<T> - 1) / kPanel<T>, block = rows_in_block<T>(a.K);
-    for (int64_t row = 0; row < a.rows; row += block) {
-      s.rows = a.rows - row < block ? a.rows - row : block;
+    for (int64_t row = 0; row < a.rows; row += s.rows) {
+      s.rows = a.rows - row <= block + 1 ? a.rows - row : block;  // no row alone
       s.s = from_row(a.x, row);
       s.out = from_row(a.out, row);
       if (a.accumulate) s.addend = read_only(s.out);

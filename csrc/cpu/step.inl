@@ -50,7 +50,10 @@ FASTRNN_INLINE void multiply_terms(Vec<T> (&acc)[R][V], const T* a, int64_t row_
                                    const T* weights) {
   Weights<T> b[V];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) b[v] = load_weights(weights + v * kWeights<T>);
+  for (int v = 0; v < V; ++v) {
+    b[v] = load_weights(weights + v * kWeights<T>);
+    if constexpr (R > 1) keep(b[v]);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const auto terms = kOneTerm ? load_term(a + r * row_stride) : load_terms(a + r * row_stride);
@@ -230,7 +233,8 @@ FASTRNN_INLINE void add_dots(Vec<T> (&acc)[R][kDotRows<T>], Matrix<const T> a,
   for (int r = 0; r < R; ++r) x[r] = load_weights(a.data + r * a.row_stride + k);
 #pragma GCC unroll 4
   for (int j = 0; j < kDotRows<T>; ++j) {
-    const Weights<T> weights = load_weights(w[j] + k);
+    Weights<T> weights = load_weights(w[j] + k);
+    if constexpr (R > 1) keep(weights);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) add_terms<T>(acc[r][j], x[r], weights);
   }
@@ -299,6 +303,15 @@ void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width)
   finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
 }
 
+/// All rows of one vector of columns from `row` on, R and fewer at a time, as in panel_rows.
+template <typename T, typename Act, int R = FASTRNN_TILE_VECTORS>
+FASTRNN_INLINE void unpacked_column(const Step<T>& s, int64_t column, int64_t width,
+                                    int64_t row = 0) {
+  for (; s.rows - row >= 2 * R - 1 || s.rows - row == R; row += R)
+    unpacked_rows<T, Act, R>(s, row, column, width);
+  if constexpr (R > 1) unpacked_column<T, Act, R - 1>(s, column, width, row);
+}
+
 /// Forward, vectors [begin, end) of a step's columns, with weights as they are: for calls that have
 /// too few rows to pay for packing.
 template <typename T, typename Act>
@@ -306,11 +319,7 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
-    int64_t row = 0;
-    constexpr int kRows = FASTRNN_TILE_VECTORS;  // one vector of each at a time
-    for (; row + kRows <= s.rows; row += kRows) unpacked_rows<T, Act, kRows>(s, row, column, width);
-    for (; row + 2 <= s.rows; row += 2) unpacked_rows<T, Act, 2>(s, row, column, width);
-    if (row < s.rows) unpacked_rows<T, Act, 1>(s, row, column, width);
+    unpacked_column<T, Act>(s, column, width);
   }
 }
 
@@ -325,7 +334,8 @@ void combine_rows(const Step<T>& s, int64_t row, int64_t column) {
       const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        const Vec<T> w = load<T>(weights + v * kLanes<T>);
+        Vec<T> w = load<T>(weights + v * kLanes<T>);
+        if constexpr (R > 1) keep(w);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) part[r][v] += widen(a[r * s.s.row_stride + k]) * w;
       }
@@ -360,20 +370,17 @@ void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool de
   for (; i < end; ++i) combine_all_rows<T, Epilogue, 1>(s, i * kLanes<T>);
 }
 
-/// All rows of one panel, in tiles of 6 (or FASTRNN_TILE_ROWS), 4, 2 and 1 rows: the panel stays in
-/// a near cache while the rows pass.
-template <typename T, typename Epilogue, int V>
-void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
-  int64_t row = 0;
-  for (; row + FASTRNN_TILE_ROWS <= s.rows; row += FASTRNN_TILE_ROWS)
-    tile<T, Epilogue, FASTRNN_TILE_ROWS, V>(s, row, column, tail);
-  for (; row + 4 <= s.rows; row += 4) tile<T, Epilogue, 4, V>(s, row, column, tail);
-  for (; row + 2 <= s.rows; row += 2) tile<T, Epilogue, 2, V>(s, row, column, tail);
-  if (row < s.rows) tile<T, Epilogue, 1, V>(s, row, column, tail);
+/// All rows of one panel from `row` on, in tiles of R rows and fewer. The last two are about as
+/// high as each other: a low one would wait for the panel's numbers, since few products need each.
+template <typename T, typename Epilogue, int V, int R = FASTRNN_TILE_ROWS>
+FASTRNN_INLINE void panel_rows(const Step<T>& s, int64_t column, int64_t tail, int64_t row = 0) {
+  for (; s.rows - row >= 2 * R - 1 || s.rows - row == R; row += R)
+    tile<T, Epilogue, R, V>(s, row, column, tail);
+  if constexpr (R > 1) panel_rows<T, Epilogue, V, R - 1>(s, column, tail, row);
 }
 
-/// Panels [begin, end) of a step's columns. Odd steps walk the panels backwards: what the last step
-/// left in the cache is used first.
+/// Panels [begin, end) of a step's columns, each for all rows, so that it stays in a near cache.
+/// Odd steps walk the panels backwards: what the last step left in the cache is used first.
 template <typename T, typename Epilogue>
 void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {

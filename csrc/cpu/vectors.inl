@@ -54,6 +54,16 @@ FASTRNN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+/// Keeps what several products need in a register: GCC may read it anew for each of them.
+template <typename V>
+FASTRNN_INLINE void keep(V& vector) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(vector));
+#else
+  (void)vector;
+#endif
+}
+
 /// The first `count` lanes, less than all, the others zero. Nothing behind those is read.
 template <typename T>
 FASTRNN_INLINE Vec<T> load_tail(const T* p, int64_t count) {

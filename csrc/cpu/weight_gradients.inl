@@ -122,8 +122,10 @@ void outer_tile(const Run<T>* runs, int64_t count, int64_t v_begin, int64_t tail
     for (int64_t row = 0; row < run.rows; ++row) {
       Weights<T> b[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < V; ++v) {
         b[v] = load_columns(vectors + v * kWeights<T>, v == V - 1 ? tail : 0);
+        if constexpr (R > 1) keep(b[v]);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const auto terms = load_terms(scalars + r * kDepth<T>);
@@ -144,15 +146,14 @@ void outer_tile(const Run<T>* runs, int64_t count, int64_t v_begin, int64_t tail
   add_transposed(sums, tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>, out);
 }
 
-/// V vectors, all scalars in [s, s_end).
-template <typename T, int V>
-void outer_scalars(const Run<T>* runs, int64_t count, int64_t v, int64_t tail, int64_t s,
-                   int64_t s_end, OuterBlock<Sum<T>> out) {
-  constexpr int kTile = FASTRNN_TILE_ROWS;
-  for (; s + kTile <= s_end; s += kTile) outer_tile<T, kTile, V>(runs, count, v, tail, s, out);
-  for (; s + 4 <= s_end; s += 4) outer_tile<T, 4, V>(runs, count, v, tail, s, out);
-  for (; s + 2 <= s_end; s += 2) outer_tile<T, 2, V>(runs, count, v, tail, s, out);
-  if (s < s_end) outer_tile<T, 1, V>(runs, count, v, tail, s, out);
+/// V vectors, all scalars in [s, s_end), R and fewer at a time; the last two tiles as in
+/// panel_rows.
+template <typename T, int V, int R = FASTRNN_TILE_ROWS>
+FASTRNN_INLINE void outer_scalars(const Run<T>* runs, int64_t count, int64_t v, int64_t tail,
+                                  int64_t s, int64_t s_end, OuterBlock<Sum<T>> out) {
+  for (; s_end - s >= 2 * R - 1 || s_end - s == R; s += R)
+    outer_tile<T, R, V>(runs, count, v, tail, s, out);
+  if constexpr (R > 1) outer_scalars<T, V, R - 1>(runs, count, v, tail, s, s_end, out);
 }
 
 /// out += vectors^T scalars over all rows, for the vectors' columns [v, v_end) and the scalars'
