@@ -120,7 +120,7 @@ def outputs(module, case, dtype=torch.float32):
 
 
 # How two threads share each: columns, rows and parts of the batch, directions, layers, a walk and
-# what is made of it, and large products with rows.
+# what is made of it, and large products with rows, of whole tiles or with one row more.
 SHARED = [
     (Case(1500, 1, 2, 256), 10, lambda plan: plan["column_blocks"] == 2),
     (Case(100, 32, 64, 64), 100, lambda plan: plan["row_blocks"] == plan["batch_parts"] == 2),
@@ -128,6 +128,7 @@ SHARED = [
     (Case(100, 1, 128, 128, num_layers=4), 100, lambda plan: plan["layer_threads"] == 2),
     (Case(1000, 1, 64, 64), 100, lambda plan: plan["gradient_steps"] < 1000),
     (Case(20, 64, 520, 520), 10, lambda plan: plan["own_gradients"] and not plan["fuse_input"]),
+    (Case(19, 19, 520, 520), 10, lambda plan: plan["own_products"] and not plan["fuse_input"]),
 ]
 
 

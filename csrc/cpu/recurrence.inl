@@ -146,7 +146,8 @@ void product(const ProductArgs<T>& a) {
     s.s_panels = a.panels;
     const int64_t panels = (a.N + kPanel<T> - 1) / kPanel<T>, block = rows_in_block<T>(a.K);
     for (int64_t row = 0; row < a.rows; row += s.rows) {
-      s.rows = a.rows - row <= block + 1 ? a.rows - row : block;  // no row alone
+      // No few rows alone: they would be added up in another order than among others.
+      s.rows = a.rows - row < block + FASTRNN_TILE_ROWS ? a.rows - row : block;
       s.s = from_row(a.x, row);
       s.out = from_row(a.out, row);
       if (a.accumulate) s.addend = read_only(s.out);

@@ -74,27 +74,35 @@ FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride
   }
 }
 
-/// A single row has too few accumulators to hide the latency of the multiply-add: so many
-/// independent sums over k.
-constexpr int kRowSums = 4;
+/// So many independent sums over k for each number of a tile: a low one has too few numbers to hide
+/// the latency of the multiply-add.
+template <int R, int V>
+constexpr int kSums = R == 1             ? 4
+                      : R == 2 && V == 2 ? 2
+                                         : 1;
 
-template <typename T, int V>
-FASTRNN_INLINE void multiply_row(Vec<T> (&acc)[1][V], const T* a, int64_t K, const T* panel) {
-  Vec<T> part[kRowSums][V] = {};
+/// The same, added up apart from acc.
+template <typename T, int R, int V>
+FASTRNN_INLINE void multiply_apart(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
+                                   const T* panel) {
+  constexpr int S = kSums<R, V>;
+  Vec<T> part[S][R][V] = {};
   int64_t k = 0;
-  for (; k + kRowSums * kDepth<T> <= K; k += kRowSums * kDepth<T>) {
+  for (; k + S * kDepth<T> <= K; k += S * kDepth<T>) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRowSums; ++j) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        add_terms<T>(part[j][v], load_terms(a + k + j * kDepth<T>),
-                     load_weights(panel + (j * V + v) * kWeights<T>));
-    }
-    panel += kRowSums * V * kWeights<T>;
+    for (int j = 0; j < S; ++j, panel += V * kWeights<T>)
+      multiply_terms<T, R, V>(part[j], a + k + j * kDepth<T>, row_stride, panel);
   }
-  multiply<T, 1, V>(acc, a + k, 0, K - k, panel);
+  multiply<T, R, V>(part[0], a + k, row_stride, K - k, panel);
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) acc[0][v] += (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+      for (int j = 1; j < S; j += 2) part[j - 1][r][v] += part[j][r][v];
+      acc[r][v] += S == 4 ? part[0][r][v] + part[2][r][v] : part[0][r][v];
+    }
+  }
 }
 
 /// Terms that are added one after another, with packed weights. Longer sums are sums of such parts,
@@ -107,27 +115,12 @@ constexpr int64_t kFewTerms = 8;
 template <typename T, int R, int V>
 FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t K, int64_t row,
                                 const T* panel) {
+  constexpr int64_t kPart = kSums<R, V> * kTerms, kLeast = R == 1 ? kSums<R, V> : kFewTerms + 1;
   const T* first = a.data + row * a.row_stride;
-  if constexpr (R == 1) {
-    constexpr int64_t kPart = kRowSums * kTerms;
-    if (K >= kRowSums) {
-      for (int64_t k = 0; k < K; k += kPart)
-        multiply_row<T, V>(acc, first + k, K - k < kPart ? K - k : kPart,
-                           panel + k * V * kLanes<T>);
-      return;
-    }
-  }
-  if (K <= kFewTerms) return multiply<T, R, V>(acc, first, a.row_stride, K, panel);
-  for (int64_t k = 0; k < K; k += kTerms) {
-    Vec<T> part[R][V] = {};
-    multiply<T, R, V>(part, first + k, a.row_stride, K - k < kTerms ? K - k : kTerms,
-                      panel + k * V * kLanes<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
-    }
-  }
+  if (K < kLeast) return multiply<T, R, V>(acc, first, a.row_stride, K, panel);
+  for (int64_t k = 0; k < K; k += kPart)
+    multiply_apart<T, R, V>(acc, first + k, a.row_stride, K - k < kPart ? K - k : kPart,
+                            panel + k * V * kLanes<T>);
 }
 
 template <typename T, int R, int V>
