@@ -48,9 +48,10 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B", range(1, 14))
 def test_tiles_of_every_height_are_right(B, dtype):
-    for case in (Case(9, B, 12, 100, hx=True), Case(2, B, 700, 520)):  # packed weights, and as is
-        plan = plan_of(case, dtype)
-        assert plan["pack_weights"] == (case.H == 100 and 9 * B > 16) or dtype.itemsize == 2
+    # Packed weights, in panels of two vectors too and K odd, and weights as they are.
+    for case in (Case(17, B, 12, 155, hx=True), Case(2, B, 700, 520)):
+        if dtype.itemsize > 2:  # else it depends on the processor's instructions
+            assert plan_of(case, dtype)["pack_weights"] == (case.H == 155)
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
         assert_as_accurate_as_nn_rnn(ours, case, dtype)
 

@@ -197,8 +197,8 @@ class Panels {
 };
 
 /// The product of a.rows rows with packed weights, which the threads share if `parallel`: by whole
-/// tiles of any capability, the last of them with all rows that are left. A row alone would be
-/// added up in another order than among others.
+/// tiles of any capability, the last of them with all rows that are left. Alone, one or two rows
+/// would be added up in another order than among others.
 template <typename T>
 void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   constexpr int64_t kTileRows = 12, kTilesPerThread = 3;

@@ -178,7 +178,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       !plan.packs_once && !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
-  // A panel would be in memory beside the gradients.
+  // A panel would be in memory beside the gradients; two rows gain nothing by a large one either.
   plan.backward_packs = plan.pack_weights && !few_in_large &&
                         (plan.gradient_steps == s.T || s.B > 1 || s.H < kHiddenToPackForOne);
   return plan;

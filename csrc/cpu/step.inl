@@ -44,7 +44,7 @@ struct BackwardEpilogue {
   static constexpr bool kReadsOutput = true;
 };
 
-/// acc[r][v] += a[r] * weights[v]: kDepth terms of each sum, or one.
+/// acc[r][v] += a[r] * weights[v], kDepth terms of each sum, or one: the core of everything.
 template <typename T, int R, int V, bool kOneTerm = false>
 FASTRNN_INLINE void multiply_terms(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride,
                                    const T* weights) {
@@ -62,7 +62,7 @@ FASTRNN_INLINE void multiply_terms(Vec<T> (&acc)[R][V], const T* a, int64_t row_
   }
 }
 
-/// acc[r][v] += sum_k a[r][k] * panel[k][v]: the inner loop of everything.
+/// acc[r][v] += sum_k a[r][k] * panel[k][v].
 template <typename T, int R, int V>
 FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
                              const T* panel, int64_t panel_stride = V * kWeights<T>) {
@@ -75,13 +75,13 @@ FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride
 }
 
 /// So many independent sums over k for each number of a tile: a low one has too few numbers to hide
-/// the latency of the multiply-add.
+/// the latency of the multiply-add. (Of one vector only, more sums bring nothing.)
 template <int R, int V>
 constexpr int kSums = R == 1             ? 4
                       : R == 2 && V == 2 ? 2
                                          : 1;
 
-/// The same, added up apart from acc.
+/// As multiply, in kSums sums that are added up apart from acc.
 template <typename T, int R, int V>
 FASTRNN_INLINE void multiply_apart(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
                                    const T* panel) {
@@ -109,7 +109,8 @@ FASTRNN_INLINE void multiply_apart(Vec<T> (&acc)[R][V], const T* a, int64_t row_
 /// and two products are added up apart: rounding errors then stay near those of a blocked matrix
 /// product.
 constexpr int64_t kTerms = FASTRNN_TERMS;
-/// A product this short goes straight into the sum: a part would cost more than it.
+/// A product this short goes straight into the sum, since a part would cost more than it; one row's
+/// only if it is shorter than the number of its sums.
 constexpr int64_t kFewTerms = 8;
 
 template <typename T, int R, int V>

@@ -57,7 +57,7 @@ FASTRNN_INLINE void store(T* p, Vec<T> v) {
 /// Keeps what several products need in a register: GCC may read it anew for each of them.
 template <typename V>
 FASTRNN_INLINE void keep(V& vector) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
   __asm__("" : "+v"(vector));
 #else
   (void)vector;
