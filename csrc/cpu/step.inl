@@ -44,6 +44,16 @@ struct BackwardEpilogue {
   static constexpr bool kReadsOutput = true;
 };
 
+/// Calls run(height, row) for the rows [row, end) in tiles of R rows and fewer. The last two are
+/// about as high as each other: a low one would wait for what it reads, since few products need
+/// each number.
+template <int R, typename Run>
+FASTRNN_INLINE void cut_into_tiles(int64_t row, int64_t end, const Run& run) {
+  for (; end - row >= 2 * R - 1 || end - row == R; row += R)
+    run(std::integral_constant<int, R>{}, row);
+  if constexpr (R > 1) cut_into_tiles<R - 1>(row, end, run);
+}
+
 /// acc[r][v] += a[r] * weights[v], kDepth terms of each sum, or one: the core of everything.
 template <typename T, int R, int V, bool kOneTerm = false>
 FASTRNN_INLINE void multiply_terms(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride,
@@ -297,15 +307,6 @@ void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width)
   finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
 }
 
-/// All rows of one vector of columns from `row` on, R and fewer at a time, as in panel_rows.
-template <typename T, typename Act, int R = FASTRNN_TILE_VECTORS>
-FASTRNN_INLINE void unpacked_column(const Step<T>& s, int64_t column, int64_t width,
-                                    int64_t row = 0) {
-  for (; s.rows - row >= 2 * R - 1 || s.rows - row == R; row += R)
-    unpacked_rows<T, Act, R>(s, row, column, width);
-  if constexpr (R > 1) unpacked_column<T, Act, R - 1>(s, column, width, row);
-}
-
 /// Forward, vectors [begin, end) of a step's columns, with weights as they are: for calls that have
 /// too few rows to pay for packing.
 template <typename T, typename Act>
@@ -313,7 +314,10 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
     const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
-    unpacked_column<T, Act>(s, column, width);
+    cut_into_tiles<FASTRNN_TILE_VECTORS>(
+        0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+          unpacked_rows<T, Act, decltype(rows)::value>(s, row, column, width);
+        });
   }
 }
 
@@ -364,13 +368,13 @@ void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool de
   for (; i < end; ++i) combine_all_rows<T, Epilogue, 1>(s, i * kLanes<T>);
 }
 
-/// All rows of one panel from `row` on, in tiles of R rows and fewer. The last two are about as
-/// high as each other: a low one would wait for the panel's numbers, since few products need each.
-template <typename T, typename Epilogue, int V, int R = FASTRNN_TILE_ROWS>
-FASTRNN_INLINE void panel_rows(const Step<T>& s, int64_t column, int64_t tail, int64_t row = 0) {
-  for (; s.rows - row >= 2 * R - 1 || s.rows - row == R; row += R)
-    tile<T, Epilogue, R, V>(s, row, column, tail);
-  if constexpr (R > 1) panel_rows<T, Epilogue, V, R - 1>(s, column, tail, row);
+/// All rows of one panel.
+template <typename T, typename Epilogue, int V>
+FASTRNN_INLINE void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
+  cut_into_tiles<FASTRNN_TILE_ROWS>(
+      0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+        tile<T, Epilogue, decltype(rows)::value, V>(s, row, column, tail);
+      });
 }
 
 /// Panels [begin, end) of a step's columns, each for all rows, so that it stays in a near cache.

@@ -146,14 +146,14 @@ void outer_tile(const Run<T>* runs, int64_t count, int64_t v_begin, int64_t tail
   add_transposed(sums, tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>, out);
 }
 
-/// V vectors, all scalars in [s, s_end), R and fewer at a time; the last two tiles as in
-/// panel_rows.
-template <typename T, int V, int R = FASTRNN_TILE_ROWS>
+/// V vectors, all scalars in [s, s_end).
+template <typename T, int V>
 FASTRNN_INLINE void outer_scalars(const Run<T>* runs, int64_t count, int64_t v, int64_t tail,
                                   int64_t s, int64_t s_end, OuterBlock<Sum<T>> out) {
-  for (; s_end - s >= 2 * R - 1 || s_end - s == R; s += R)
-    outer_tile<T, R, V>(runs, count, v, tail, s, out);
-  if constexpr (R > 1) outer_scalars<T, V, R - 1>(runs, count, v, tail, s, s_end, out);
+  cut_into_tiles<FASTRNN_TILE_ROWS>(
+      s, s_end, [&](auto scalars, int64_t first) __attribute__((always_inline)) {
+        outer_tile<T, decltype(scalars)::value, V>(runs, count, v, tail, first, out);
+      });
 }
 
 /// out += vectors^T scalars over all rows, for the vectors' columns [v, v_end) and the scalars'
