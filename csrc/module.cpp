@@ -153,7 +153,6 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   result["backward_steps"] = plan.backward_steps;
   result["gradient_steps"] = plan.gradient_steps;
   result["converts"] = plan.converts;
-  result["packs_once"] = plan.packs_once;
   result["convert_steps"] = plan.convert_steps;
   result["layer_threads"] = stack.threads;
   result["first_steps"] = stack.first_steps;

@@ -72,9 +72,8 @@ std::vector<Plan> plans_of(const BackwardPass& pass, int64_t threads) {
 std::vector<Plan> plans_of_part(const BackwardPass& part, const std::vector<Plan>& whole) {
   std::vector<Plan> plans = plans_of(part, /*threads=*/1);
   for (size_t l = 0; l < plans.size(); ++l) {
-    for (bool Plan::* choice :
-         {&Plan::own_gradients, &Plan::own_input_gradient, &Plan::backward_step_products,
-          &Plan::packs_once, &Plan::backward_packs})
+    for (bool Plan::* choice : {&Plan::own_gradients, &Plan::own_input_gradient,
+                                &Plan::backward_step_products, &Plan::backward_packs})
       plans[l].*choice = whole[l].*choice;
   }
   return plans;

@@ -64,7 +64,8 @@ class DirectionBackward {
         H_(layer.hidden_size()),
         wanted_(wanted.cells[d]),
         chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()),
-        packs_(plan.backward_packs || kernels<T>().padded_columns(H_) != H_) {
+        packs_(plan.backward_packs || (kernels<T>().padded_columns(H_) != H_ &&
+                                       (layout.B <= 2 || kType == at::kBFloat16))) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], chunk_type_);
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());

@@ -9,20 +9,15 @@ namespace fastrnn::cpu {
 
 namespace {
 
-/// Whether a chunk, the first of its walk or not, has ATen's product with W_hh in each step.
-bool takes_step_products(const Plan& plan, bool first) {
-  return plan.backward_step_products || (plan.packs_once && !first);
-}
-
 /// Whether chunks of 16-bit tensors stay so, and are converted a few steps at a time.
 bool converts_in_parts(const Plan& plan) { return plan.converts && !plan.own_gradients; }
 
-/// delta of one chunk of each of `walks`, their first or a later one.
+/// delta of one chunk of each of `walks`.
 template <typename T>
-void run_recurrence(const Layout& layout, const Plan& plan, bool first, DirectionBackward<T>* walks,
+void run_recurrence(const Layout& layout, const Plan& plan, DirectionBackward<T>* walks,
                     const std::vector<Chunk>& chunks) {
   const size_t count = chunks.size();
-  if (takes_step_products(plan, first)) {
+  if (plan.backward_step_products) {
     for (size_t d = 0; d < count; ++d) {
       walks[d].run_by_steps(chunks[d]);
       walks[d].keep_states(chunks[d]);
@@ -132,7 +127,7 @@ std::vector<Cell> stack_backward(const BackwardPass& pass, std::vector<Plan> pla
         if (grad_y.defined()) {
           c.grad_y = grad_y;
           c.from_above = true;
-          if (!takes_step_products(plan, i == 0)) c.delta = grad_y;
+          if (!plan.backward_step_products) c.delta = grad_y;
         } else if (grad_output.defined()) {
           c.grad_y = walks[lowest + l].columns(grad_output, c.range);
         }
@@ -150,7 +145,7 @@ std::vector<Cell> stack_backward(const BackwardPass& pass, std::vector<Plan> pla
         run_side_by_side(layout, walks, lowest, chunks, part_steps, with_input ? grad_y : Tensor());
         if (with_input) continue;
       } else {
-        run_recurrence(layout, plans[lowest], /*first=*/i == 0, &walk, chunks);
+        run_recurrence(layout, plans[lowest], &walk, chunks);
         walk.add_weight_gradients(c);
       }
       if (grad_y.defined()) walk.add_input_gradient(c, grad_y, /*accumulate=*/false);
@@ -185,7 +180,7 @@ std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::ve
         if (grad_output.defined()) c.grad_y = walk.columns(grad_output, c.range);
         c.delta = walk.make_delta(c.range);
       }
-      run_recurrence(layout, plan, /*first=*/i == 0, walks.data(), chunks);
+      run_recurrence(layout, plan, walks.data(), chunks);
       for (int64_t d = 0; d < together; ++d) {
         walks[d].add_weight_gradients(chunks[d]);
         if (!wanted.input.defined()) continue;

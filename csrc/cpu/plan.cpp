@@ -83,8 +83,8 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
   };
   // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
-  // chunk where delta is smaller than that, else parts of the sequence; of a large W_hh, as long as
-  // it is larger than a part's delta, two parts, the second without packing.
+  // chunk where delta is smaller than that, else parts of the sequence; a large W_hh is read as it
+  // is as long as it is larger than a part's delta.
   // Packed sequences may have previous states gathered, as much again as delta; chunks that are
   // converted have all their tensors in memory twice.
   const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
@@ -93,12 +93,11 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
   const int64_t parts = converted ? 4 * kParts : gathers ? 2 * kParts : kParts;
   const int64_t small_bytes = converted ? kSmallBytes / 8 : kSmallBytes;
   const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
-  plan.packs_once = !s.packed && !is_16bit && s.B > kBatchToPack && delta_bytes > panel_bytes &&
-                    delta_bytes < kParts * panel_bytes && panel_bytes >= kLargePanelBytes;
+  if (!is_16bit && delta_bytes > panel_bytes && delta_bytes < kParts * panel_bytes &&
+      panel_bytes >= kLargePanelBytes)
+    plan.backward_packs = false;
   if (delta_bytes <= std::max(small_bytes, panel_bytes))
     plan.backward_steps = s.T;
-  else if (plan.packs_once)
-    plan.backward_steps = divide_up(s.T, 2);
   else
     plan.backward_steps =
         std::min(chunk, std::max<int64_t>(divide_up(s.T, parts), steps_in(small_bytes)));
@@ -129,10 +128,11 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
   plan.own_input_product =
       !plan.fuse_input && !s.converts && !large_16bit && s.total_rows * kFeaturesPerRow <= s.I;
-  plan.backward_step_products = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
   const bool few_in_step = s.B <= kFewRows && s.B * kFeaturesPerRow <= s.H && !large_16bit;
-  plan.step_products = plan.backward_step_products && !few_in_step;
-  const bool reads_as_is = plan.backward_step_products && few_in_step;
+  const bool pays_no_packing = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
+  plan.step_products = pays_no_packing && !few_in_step;
+  plan.backward_step_products = pays_no_packing && (s.element_size == 2 || s.baseline);
+  const bool reads_as_is = pays_no_packing && few_in_step;
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
@@ -144,8 +144,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
   const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
-  // Parts of few rows would each read all of a large weight. (In backward, where ATen has the
-  // product, what is left for one thread is next to nothing.)
+  // Parts of few rows would each read all of a large weight.
   plan.row_blocks =
       reads_as_is ? 1
                   : std::clamp<int64_t>(std::min(useful_threads / together, s.B / rows_per_block),
@@ -171,16 +170,17 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.own_input_gradient =
       plan.own_gradients && (small || s.converts || plan.own_products || plan.batch_parts > 1);
 
+  // A panel would be in memory beside the gradients; two rows gain nothing by a large one either.
+  plan.backward_packs = plan.pack_weights && !few_in_large && !pays_no_packing;
   plan_chunks(s, plan);
   const bool walks_alone = together * plan.row_blocks * plan.column_blocks * plan.batch_parts == 1;
   plan.gradient_steps = s.T;
   if (plan.parallel && walks_alone && plan.own_gradients && !plan.backward_step_products &&
-      !plan.packs_once && !s.converts)
+      !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
-  // A panel would be in memory beside the gradients; two rows gain nothing by a large one either.
-  plan.backward_packs = plan.pack_weights && !few_in_large &&
-                        (plan.gradient_steps == s.T || s.B > 1 || s.H < kHiddenToPackForOne);
+  // Beside a walk the panel is in memory beside the gradients.
+  plan.backward_packs &= plan.gradient_steps == s.T || s.B > 1 || s.H < kHiddenToPackForOne;
   return plan;
 }
 

@@ -26,8 +26,8 @@ struct Plan {
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
   bool backward_step_products;  // the same in backward
   bool pack_weights;            // into panels; else they are read as they are
-  bool backward_packs;          // W_hh in backward; so is one that does not end with a whole vector
-  bool pack_input_weights;      // the same for W_ih, where x is read in the step
+  bool backward_packs;  // W_hh in backward; so is a bfloat16 or few rows' that ends within a vector
+  bool pack_input_weights;  // the same for W_ih, where x is read in the step
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other
   int64_t row_blocks;       // parts of the batch, each walks through time without hand-over
@@ -37,7 +37,6 @@ struct Plan {
   bool own_input_gradient;  // the same of the input
   int64_t backward_steps;   // steps per chunk of the backward workspace
   int64_t gradient_steps;   // of parts whose weight gradients are made beside the walk; T: after it
-  bool packs_once;          // backward's chunks after the first use step products
   int64_t convert_steps;    // steps at a time in float32 (16-bit tensors only)
 };
 

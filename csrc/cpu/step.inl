@@ -94,16 +94,16 @@ constexpr int kSums = R == 1             ? 4
 /// As multiply, in kSums sums that are added up apart from acc.
 template <typename T, int R, int V>
 FASTRNN_INLINE void multiply_apart(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
-                                   const T* panel) {
+                                   const T* panel, int64_t panel_stride) {
   constexpr int S = kSums<R, V>;
   Vec<T> part[S][R][V] = {};
   int64_t k = 0;
   for (; k + S * kDepth<T> <= K; k += S * kDepth<T>) {
 #pragma GCC unroll 8
-    for (int j = 0; j < S; ++j, panel += V * kWeights<T>)
+    for (int j = 0; j < S; ++j, panel += panel_stride)
       multiply_terms<T, R, V>(part[j], a + k + j * kDepth<T>, row_stride, panel);
   }
-  multiply<T, R, V>(part[0], a + k, row_stride, K - k, panel);
+  multiply<T, R, V>(part[0], a + k, row_stride, K - k, panel, panel_stride);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -125,13 +125,13 @@ constexpr int64_t kFewTerms = 8;
 
 template <typename T, int R, int V>
 FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t K, int64_t row,
-                                const T* panel) {
+                                const T* panel, int64_t panel_stride = V * kWeights<T>) {
   constexpr int64_t kPart = kSums<R, V> * kTerms, kLeast = R == 1 ? kSums<R, V> : kFewTerms + 1;
   const T* first = a.data + row * a.row_stride;
-  if (K < kLeast) return multiply<T, R, V>(acc, first, a.row_stride, K, panel);
+  if (K < kLeast) return multiply<T, R, V>(acc, first, a.row_stride, K, panel, panel_stride);
   for (int64_t k = 0; k < K; k += kPart)
     multiply_apart<T, R, V>(acc, first + k, a.row_stride, K - k < kPart ? K - k : kPart,
-                            panel + k * V * kLanes<T>);
+                            panel + k / kDepth<T> * panel_stride, panel_stride);
 }
 
 template <typename T, int R, int V>
@@ -355,10 +355,92 @@ void combine_all_rows(const Step<T>& s, int64_t column) {
   if (row < s.rows) combine_rows<T, Epilogue, 1, V>(s, row, column);
 }
 
-/// Backward, vectors [begin, end) of a step's columns, all of them whole, with W_hh as it is.
+/// sums[r] += s[row + r] W_hh for R rows, V vectors of columns from `column` and the terms [k,
+/// end). tail: columns of the only vector, if it is not full.
+template <typename T, int R, int V>
+void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
+                     int64_t k, int64_t end) {
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+  }
+  const Matrix<const T> w = s.w_s;
+  int64_t whole = end;
+  if constexpr (V == 1) {
+    // A vector that is not full goes on into the next row, but not behind the last one.
+    const int64_t behind = tail == 0 ? 0 : (kLanes<T> - tail + w.row_stride - 1) / w.row_stride;
+    if (whole > s.K - behind) whole = s.K - behind > k ? s.K - behind : k;
+  }
+  add_product<T, R, V>(acc, {s.s.data + k, s.s.row_stride}, whole - k, row,
+                       w.data + k * w.row_stride + column, w.row_stride);
+  for (int64_t j = whole; j < end; ++j) {
+    const Vec<T> weights = load_tail<T>(w.data + j * w.row_stride + column, tail);
+    for (int r = 0; r < R; ++r) acc[r][0] += s.s.data[(row + r) * s.s.row_stride + j] * weights;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
+  }
+}
+
+/// Out of the sums of R rows.
+template <typename T, typename Epilogue, int R, int V>
+void finish_rows(const Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column,
+                 int64_t tail) {
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+  }
+  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
+}
+
+/// Many rows, by blocks of W_hh's rows: lines so far apart share few places in the caches, which
+/// hold a block, but not the whole height of a panel. Adds in the order of packed weights.
+template <typename T, typename Epilogue, int V>
+void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
+  constexpr int64_t kRows = 16 * FASTRNN_TILE_ROWS, kBlock = 2 * kTerms;
+  for (int64_t first = 0, last; first < s.rows; first = last) {
+    // No few rows alone, as in product().
+    last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
+    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
+    for (int64_t k = 0; k < s.K; k += kBlock) {
+      const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;
+      cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
+                                        [&](auto rows, int64_t row) __attribute__((always_inline)) {
+                                          add_terms_as_is<T, decltype(rows)::value, V>(
+                                              sums + row - first, s, row, column, tail, k, end);
+                                        });
+    }
+    cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
+                                      [&](auto rows, int64_t row) __attribute__((always_inline)) {
+                                        finish_rows<T, Epilogue, decltype(rows)::value, V>(
+                                            sums + row - first, s, row, column, tail);
+                                      });
+  }
+}
+
+/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is. A last vector that is
+/// not full: not of numbers that are multiplied in pairs.
 template <typename T, typename Epilogue>
 void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   constexpr int kHalf = FASTRNN_TILE_VECTORS, V = 2 * kHalf;  // long runs through each row
+  if constexpr (kDepth<T> == 1) {
+    const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
+    if (s.rows > 2 || tail != 0) {
+      const int64_t panels = (end - begin - (tail != 0)) / kHalf;
+      for (int64_t i = 0; i < panels; ++i)
+        combine_by_blocks<T, Epilogue, kHalf>(
+            s, (begin + (descending ? panels - 1 - i : i) * kHalf) * kLanes<T>, 0);
+      for (int64_t i = begin + panels * kHalf; i < end; ++i)
+        combine_by_blocks<T, Epilogue, 1>(s, i * kLanes<T>, i == end - 1 ? tail : 0);
+      return;
+    }
+  }
   const int64_t blocks = (end - begin) / V;
   for (int64_t i = 0; i < blocks; ++i)
     combine_all_rows<T, Epilogue, V>(s,
