@@ -137,6 +137,14 @@ def test_gradients_of_layers_that_read_a_large_weight_as_it_is_are_right(H, dtyp
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_packed_sequences_read_a_large_weight_as_it_is(dtype):
+    """Also in the steps that only one or two of them have."""
+    case = Case(0, 0, 6, 523, hx=True, lengths=tuple(range(60, 30, -2)))
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
 def test_an_input_whose_columns_are_apart_is_read_right():
     case = CASES[1]
     module = case.module(fastrnn.RNN, torch.float64)
