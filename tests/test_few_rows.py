@@ -49,11 +49,22 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
 @pytest.mark.parametrize("B", range(1, 14))
 def test_tiles_of_every_height_are_right(B, dtype):
     # Packed weights, in panels of two vectors too and K odd, and weights as they are.
-    for case in (Case(17, B, 12, 155, hx=True), Case(2, B, 700, 520)):
+    for case in (Case(17, B, 12, 155, hx=True), Case(2, B, 700, 523)):
         if dtype.itemsize > 2:  # else it depends on the processor's instructions
             assert plan_of(case, dtype)["pack_weights"] == (case.H == 155)
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
         assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, packs", [(20, False), (70, True)])
+@pytest.mark.parametrize("B", [1, 2])
+def test_rows_of_a_weight_that_lie_across_cache_lines_are_read_right(B, T, packs, dtype):
+    case = Case(T, B, 12, 299, hx=True)
+    if dtype.itemsize > 2:  # else it depends on the processor's instructions
+        assert plan_of(case, dtype)["backward_packs"] == packs
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 @pytest.mark.parametrize("case", [*INPUT, *STEP], ids=str)

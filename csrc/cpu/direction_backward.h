@@ -63,9 +63,7 @@ class DirectionBackward {
         d_(d),
         H_(layer.hidden_size()),
         wanted_(wanted.cells[d]),
-        chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()),
-        packs_(plan.backward_packs || (kernels<T>().padded_columns(H_) != H_ &&
-                                       (layout.B <= 2 || kType == at::kBFloat16))) {
+        chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], chunk_type_);
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
     if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
@@ -121,7 +119,7 @@ class DirectionBackward {
   /// memory during the chunk's products, if they come after the walk.
   void pack() {
     if (layout_.T == 1) return;
-    if (packs_)
+    if (plan_.backward_packs)
       w_hh_panels_ = Panels<T>(cell_.w_hh, /*transposed=*/false);
     else
       w_hh_ = readable(cell_.w_hh, kType);
@@ -463,7 +461,6 @@ class DirectionBackward {
   const std::array<bool, 4> wanted_;
   const at::ScalarType chunk_type_;
   Tensor hx_, grad_h_n_;   // [B, H] or undefined; hx_ as chunks, grad_h_n_ in T
-  const bool packs_;       // W_hh, else it is read as it is
   Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T; between pack and unpack, as is
   Tensor w_hh_;            // W_hh itself
   Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels

@@ -30,11 +30,12 @@ constexpr int64_t kOuterHidden = 128, kOuterInput = 256;
 // each of their columns.
 constexpr int64_t kRowsPerColumn = 4;
 // Packing reads and writes every weight once: too dear for few rows, but next to nothing for a tiny
-// layer. One or two rows read a large W_hh nearly as fast without that: it pays only in forward,
-// for more rows in all, while the second-level cache holds it.
+// layer. One or two rows read a large W_hh nearly as fast without that: it pays only for more rows
+// in all, in forward while the second-level cache holds it, in backward where its rows do not begin
+// at cache lines, so that vectors lie across two.
 constexpr int64_t kRowsToPack = 16, kTinyHidden = 8;
 constexpr int64_t kBatchToPack = 2, kHiddenToPack = 256, kRowsToPackForFew = 64,
-                  kBytesToPackForFew = 1 << 20;
+                  kBytesToPackForFew = 1 << 20, kLineBytes = 64;
 // Rows that a large packed weight has to serve before it is cheaper than ATen's products: in all
 // steps, each with its own product, and in one product. The hidden size from which 16-bit matrix
 // instructions in that product outweigh all else.
@@ -83,19 +84,16 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
   };
   // Gradients of a first chunk are in memory beside the packed W_hh of a second one. So a single
-  // chunk where delta is smaller than that, else parts of the sequence; a large W_hh is read as it
-  // is as long as it is larger than a part's delta.
+  // chunk where delta is smaller than that, else parts of the sequence.
   // Packed sequences may have previous states gathered, as much again as delta; chunks that are
   // converted have all their tensors in memory twice.
-  const int64_t delta_bytes = s.T * step_bytes, panel_bytes = s.H * s.H * s.element_size;
+  const int64_t delta_bytes = s.total_rows * s.H * s.element_size,
+                panel_bytes = s.H * s.H * s.element_size;
   const bool converted = s.converts && plan.own_gradients,
              gathers = s.packed && !plan.own_gradients;
   const int64_t parts = converted ? 4 * kParts : gathers ? 2 * kParts : kParts;
   const int64_t small_bytes = converted ? kSmallBytes / 8 : kSmallBytes;
   const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
-  if (!is_16bit && delta_bytes > panel_bytes && delta_bytes < kParts * panel_bytes &&
-      panel_bytes >= kLargePanelBytes)
-    plan.backward_packs = false;
   if (delta_bytes <= std::max(small_bytes, panel_bytes))
     plan.backward_steps = s.T;
   else
@@ -170,8 +168,6 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.own_input_gradient =
       plan.own_gradients && (small || s.converts || plan.own_products || plan.batch_parts > 1);
 
-  // A panel would be in memory beside the gradients; two rows gain nothing by a large one either.
-  plan.backward_packs = plan.pack_weights && !few_in_large && !pays_no_packing;
   plan_chunks(s, plan);
   const bool walks_alone = together * plan.row_blocks * plan.column_blocks * plan.batch_parts == 1;
   plan.gradient_steps = s.T;
@@ -179,8 +175,18 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
       !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
-  // Beside a walk the panel is in memory beside the gradients.
-  plan.backward_packs &= plan.gradient_steps == s.T || s.B > 1 || s.H < kHiddenToPackForOne;
+
+  const bool across_lines = s.B <= kBatchToPack && s.total_rows >= kRowsToPackForFew &&
+                            s.H * s.element_size % kLineBytes != 0;
+  // A panel is in memory beside the gradients where these are made beside the walk, and where more
+  // than one chunk is walked: there it may be larger than a chunk's delta.
+  const bool one_beside = plan.gradient_steps < s.T && s.B == 1 && s.H >= kHiddenToPackForOne;
+  const int64_t panel_bytes = s.H * s.H * s.element_size;
+  const bool outweighs_chunk = !s.converts && s.element_size > 2 &&
+                               panel_bytes >= kLargePanelBytes && s.total_rows > s.H &&
+                               s.total_rows < kParts * s.H;
+  plan.backward_packs = across_lines || (plan.pack_weights && !few_in_large && !pays_no_packing &&
+                                         !one_beside && !outweighs_chunk);
   return plan;
 }
 

@@ -26,8 +26,8 @@ struct Plan {
   bool step_products;  // ATen's product with W_hh in each step, the kernels only add and activate
   bool backward_step_products;  // the same in backward
   bool pack_weights;            // into panels; else they are read as they are
-  bool backward_packs;  // W_hh in backward; so is a bfloat16 or few rows' that ends within a vector
-  bool pack_input_weights;  // the same for W_ih, where x is read in the step
+  bool pack_input_weights;      // the same for W_ih, where x is read in the step
+  bool backward_packs;          // the same for W_hh in backward
   bool converts;            // 16-bit tensors: one direction after the other, parts of it in float32
   bool parallel;            // parts run at the same time; else one after the other
   int64_t row_blocks;       // parts of the batch, each walks through time without hand-over

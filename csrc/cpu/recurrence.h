@@ -121,7 +121,7 @@ struct BackwardArgs {
   int64_t H = 0;
   Activation activation = Activation::kTanh;
   const T* w_hh_panels = nullptr;  // pack of W_hh [H, H], or ...
-  Matrix<const T> w_hh;            // ... as it is; BFloat16: only if H is padded_columns(H)
+  Matrix<const T> w_hh;            // ... as it is
   Sequence<const T> grad_y;        // [T, B, H]; null: zeros
   Matrix<const T> grad_h_n;        // [B, H]; null: zeros
   Matrix<const T> carry;           // [carry_rows, H] delta of the step walked before the first

@@ -106,11 +106,11 @@ void backward_loop(const BackwardArgs<T>& a) {
             s.rows = last - first;
             s.N = a.H;
             s.addend = rows_of(a.grad_y, t, first);
+            s.s_panels = a.w_hh_panels;
+            s.w_s = a.w_hh;
             if (previous.data != nullptr) {
               s.s = previous;
               s.K = a.H;
-              s.s_panels = a.w_hh_panels;
-              s.w_s = a.w_hh;
             } else {
               s.addend2 = from_row(a.grad_h_n, first);
             }

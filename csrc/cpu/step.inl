@@ -321,9 +321,10 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
   }
 }
 
-/// Backward, R rows of V vectors of columns, with W_hh as it is: combinations of its rows.
+/// Backward, R rows of V vectors of columns, with W_hh as it is: combinations of its rows. tail: as
+/// for finish, of one vector only.
 template <typename T, typename Epilogue, int R, int V>
-void combine_rows(const Step<T>& s, int64_t row, int64_t column) {
+void combine_rows(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   const T* a = s.s.data + row * s.s.row_stride;
   Vec<T> acc[R][V] = {};
   for (int64_t first = 0; first < s.K; first += kTerms) {
@@ -332,7 +333,8 @@ void combine_rows(const Step<T>& s, int64_t row, int64_t column) {
       const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        Vec<T> w = load<T>(weights + v * kLanes<T>);
+        const bool partial = V == 1 && tail != 0;
+        Vec<T> w = partial ? load_tail<T>(weights, tail) : load<T>(weights + v * kLanes<T>);
         if constexpr (R > 1) keep(w);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) part[r][v] += widen(a[r * s.s.row_stride + k]) * w;
@@ -344,20 +346,12 @@ void combine_rows(const Step<T>& s, int64_t row, int64_t column) {
       for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
     }
   }
-  finish<T, Epilogue, R, V>(acc, s, row, column, 0);
-}
-
-/// All rows, two at a time.
-template <typename T, typename Epilogue, int V>
-void combine_all_rows(const Step<T>& s, int64_t column) {
-  int64_t row = 0;
-  for (; row + 2 <= s.rows; row += 2) combine_rows<T, Epilogue, 2, V>(s, row, column);
-  if (row < s.rows) combine_rows<T, Epilogue, 1, V>(s, row, column);
+  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 }
 
 /// sums[r] += s[row + r] W_hh for R rows, V vectors of columns from `column` and the terms [k,
-/// end). tail: columns of the only vector, if it is not full.
-template <typename T, int R, int V>
+/// end); with the last terms, out of it. tail: as for combine_rows.
+template <typename T, typename Epilogue, int R, int V>
 void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
                      int64_t k, int64_t end) {
   Vec<T> acc[R][V];
@@ -379,24 +373,12 @@ void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t c
     const Vec<T> weights = load_tail<T>(w.data + j * w.row_stride + column, tail);
     for (int r = 0; r < R; ++r) acc[r][0] += s.s.data[(row + r) * s.s.row_stride + j] * weights;
   }
+  if (end == s.K) return finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
   }
-}
-
-/// Out of the sums of R rows.
-template <typename T, typename Epilogue, int R, int V>
-void finish_rows(const Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column,
-                 int64_t tail) {
-  Vec<T> acc[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
-  }
-  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 }
 
 /// Many rows, by blocks of W_hh's rows: lines so far apart share few places in the caches, which
@@ -408,46 +390,49 @@ void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
     // No few rows alone, as in product().
     last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
     Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
-    for (int64_t k = 0; k < s.K; k += kBlock) {
+    int64_t k = 0;
+    do {  // a step without a previous state has no terms, but an end
       const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;
       cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
                                         [&](auto rows, int64_t row) __attribute__((always_inline)) {
-                                          add_terms_as_is<T, decltype(rows)::value, V>(
+                                          add_terms_as_is<T, Epilogue, decltype(rows)::value, V>(
                                               sums + row - first, s, row, column, tail, k, end);
                                         });
-    }
-    cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
-                                      [&](auto rows, int64_t row) __attribute__((always_inline)) {
-                                        finish_rows<T, Epilogue, decltype(rows)::value, V>(
-                                            sums + row - first, s, row, column, tail);
-                                      });
+      k = end;
+    } while (k < s.K);
   }
 }
 
-/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is. A last vector that is
-/// not full: not of numbers that are multiplied in pairs.
+/// All rows of V vectors of columns: one or two in a single pass over W_hh, as are numbers that
+/// packed weights multiply in pairs.
+template <typename T, typename Epilogue, int V>
+void combine_all_rows(const Step<T>& s, int64_t column, int64_t tail) {
+  if constexpr (kDepth<T> == 1 && V <= FASTRNN_TILE_VECTORS) {
+    if (s.rows > 2) return combine_by_blocks<T, Epilogue, V>(s, column, tail);
+  }
+  cut_into_tiles<2>(0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+    combine_rows<T, Epilogue, decltype(rows)::value, V>(s, row, column, tail);
+  });
+}
+
+/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is.
 template <typename T, typename Epilogue>
 void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
-  constexpr int kHalf = FASTRNN_TILE_VECTORS, V = 2 * kHalf;  // long runs through each row
-  if constexpr (kDepth<T> == 1) {
-    const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
-    if (s.rows > 2 || tail != 0) {
-      const int64_t panels = (end - begin - (tail != 0)) / kHalf;
-      for (int64_t i = 0; i < panels; ++i)
-        combine_by_blocks<T, Epilogue, kHalf>(
-            s, (begin + (descending ? panels - 1 - i : i) * kHalf) * kLanes<T>, 0);
-      for (int64_t i = begin + panels * kHalf; i < end; ++i)
-        combine_by_blocks<T, Epilogue, 1>(s, i * kLanes<T>, i == end - 1 ? tail : 0);
-      return;
-    }
-  }
-  const int64_t blocks = (end - begin) / V;
-  for (int64_t i = 0; i < blocks; ++i)
-    combine_all_rows<T, Epilogue, V>(s,
-                                     (begin + (descending ? blocks - 1 - i : i) * V) * kLanes<T>);
-  int64_t i = begin + blocks * V;
-  for (; i + kHalf <= end; i += kHalf) combine_all_rows<T, Epilogue, kHalf>(s, i * kLanes<T>);
-  for (; i < end; ++i) combine_all_rows<T, Epilogue, 1>(s, i * kLanes<T>);
+  const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
+  int64_t done = begin;
+  const auto combine = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    const int64_t count = (end - done - (tail != 0)) / V;
+    for (int64_t i = 0; i < count; ++i)
+      combine_all_rows<T, Epilogue, V>(s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>,
+                                       0);
+    done += count * V;
+  };
+  constexpr int kVectors = FASTRNN_TILE_VECTORS;
+  if (s.rows <= 2 || kDepth<T> > 1) combine(std::integral_constant<int, 2 * kVectors>{});
+  combine(std::integral_constant<int, kVectors>{});
+  combine(std::integral_constant<int, 1>{});
+  if (tail != 0) combine_all_rows<T, Epilogue, 1>(s, done * kLanes<T>, tail);
 }
 
 /// All rows of one panel.
