@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every operator schema, nothing else. Kernels register themselves where they are written:
-// autograd.cpp, autocast.cpp, cpu/rnn_cpu.cpp, cuda/rnn_cuda.cpp.
+// rnn.cpp, autograd.cpp, autocast.cpp, cpu/rnn_cpu.cpp, cuda/rnn_cuda.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastrnn, m) {
@@ -10,6 +10,10 @@ TORCH_LIBRARY(fastrnn, m) {
       "rnn(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, str nonlinearity, "
       "bool bias, int num_layers, bool bidirectional, bool batch_first) "
       "-> (Tensor output, Tensor h_n)",
+      tags);
+  m.def(
+      "check_arguments(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
+      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool batch_first) -> ()",
       tags);
   m.def(
       "rnn_forward(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "

@@ -316,4 +316,14 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                  needs_list);
 }
 
+TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
+  m.impl("check_arguments",
+         [](const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+            const OptionalTensor& batch_sizes, std::string_view nonlinearity, bool bias,
+            int64_t num_layers, bool bidirectional, bool batch_first) {
+           check_arguments(input, hx, weights, batch_sizes,
+                           {nonlinearity, bias, num_layers, bidirectional}, batch_first);
+         });
+}
+
 }  // namespace fastrnn

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The C++ face of the three operators, and what they share. Device-independent.
+// The C++ face of the operators, and what they share. Device-independent.
 //
-//   rnn           what users call: any layout of nn.RNN, checked here, differentiable
-//   rnn_forward   checked arguments, time-major or packed, no autograd: one kernel per device
-//   rnn_backward  the derivative of rnn_forward, likewise
+//   rnn              what users call: any layout of nn.RNN, checked here, differentiable
+//   check_arguments  those checks alone
+//   rnn_forward      checked arguments, time-major or packed, no autograd: one kernel per device
+//   rnn_backward     the derivative of rnn_forward, likewise
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -67,7 +68,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 /// and a weight's has no elements.
 using BackwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
-/// The registered operators; calls go through the dispatcher.
+/// The registered operators; calls go through the dispatcher, but for check_arguments.
 std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
                                at::TensorList weights, const OptionalTensor& batch_sizes,
                                std::string_view nonlinearity, bool bias, int64_t num_layers,

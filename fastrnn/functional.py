@@ -159,42 +159,6 @@ def rnn(
     return PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
 
 
-def _expected_hidden(
-    input: Tensor,
-    hx: Tensor,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    rows: int,
-    batch_first: bool,
-) -> tuple[int, ...]:
-    """The shape that hx must have, of which `rows` is the first size."""
-    batch: Any = ()
-    if batch_sizes is None:
-        if input.dim() == 3:
-            batch = input.shape[:1] if batch_first else input.shape[1:2]
-    elif torch.compiler.is_compiling():  # B is data: it is compared when the graph runs
-        batch = hx.shape[1:2]
-    else:
-        batch = batch_sizes[:1].tolist()
-    return (rows, *batch, *weights[1].shape[:1])
-
-
-def _are_of_one_model(
-    weights: Sequence[Tensor], num_layers: int, directions: int, per_layer: int
-) -> bool:
-    """Whether there are as many weights as there must be, of shapes and dtypes that go together."""
-    if len(weights) != num_layers * per_layer or weights[0].dim() != 2 or weights[1].dim() != 2:
-        return False
-    H, features = weights[1].shape[0], weights[0].shape[1]
-    for layer in range(num_layers):
-        shapes = [(H, features), (H, H), (H,), (H,)][: per_layer // directions] * directions
-        for w, shape in zip(weights[layer * per_layer :], shapes, strict=False):
-            if w.shape != shape or w.dtype != weights[0].dtype or w.device != weights[0].device:
-                return False
-        features = H * directions
-    return True
-
-
 def _rnn_with_dropout(
     input: Tensor,
     hx: Tensor | None,
@@ -208,16 +172,12 @@ def _rnn_with_dropout(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Layer by layer, with torch.dropout between: nn.RNN's draws, on time-major outputs."""
+    # The whole call's, before slices of it hide what is wrong.
+    torch.ops.fastrnn.check_arguments(
+        input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional, batch_first
+    )
     directions = 2 if bidirectional else 1
     per_layer = directions * (4 if bias else 2)
-    rows = num_layers * directions
-    if not _are_of_one_model(weights, num_layers, directions, per_layer) or (
-        hx is not None
-        and hx.shape != _expected_hidden(input, hx, weights, batch_sizes, rows, batch_first)
-    ):
-        # Slices would hide what is wrong; the whole call raises it.
-        return ops.rnn(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
-                       bidirectional, batch_first)  # fmt: skip
     swap = batch_first and batch_sizes is None and input.dim() == 3
     output = input.transpose(0, 1) if swap else input
     finals = []

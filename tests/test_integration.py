@@ -50,6 +50,16 @@ class TestOperators:
             torch.ops.fastrnn.rnn.default, (x, hx, weights, batch_sizes, *shared, batch_first)
         )
 
+    @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "no hx"])
+    def test_check_arguments(self, form):
+        batch_first = form == "batch_first"
+        sampled = MODES[1]._replace(batch_first=batch_first)
+        x, hx, weights, batch_sizes, shared = sample(sampled, form, False)
+        torch.library.opcheck(
+            torch.ops.fastrnn.check_arguments.default,
+            (x, hx, weights, batch_sizes, *shared, batch_first),
+        )
+
     @pytest.mark.parametrize("keep", [False, True])
     @pytest.mark.parametrize("form", ["padded", "packed", "no hx"])
     @pytest.mark.parametrize("setting", MODES, ids=str)
@@ -216,6 +226,14 @@ class TestAutocast:
             region = torch.autocast("cpu", torch.bfloat16)
             with region, pytest.raises((RuntimeError, ValueError), match="dtype"):
                 module.float()(arguments()[0])
+
+    def test_dropout_drops_where_weights_of_two_dtypes_are_cast_to_one(self):
+        module, x = pair(dropout=1.0)[0].float(), draw(3, 2, I).float()
+        module.bias_hh_l1.data = module.bias_hh_l1.data.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x)[0], module(-x)[0])
+            module.eval()
+            assert not torch.equal(module(x)[0], module(-x)[0])
 
     def test_a_disabled_region_inside_computes_in_float32(self):
         module, x = pair()[0].float(), draw(3, 2, 2).float()

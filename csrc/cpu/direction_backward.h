@@ -268,11 +268,7 @@ class DirectionBackward {
   /// grad_x = delta W_ih of a part of a chunk, by one thread; in the tensor of a whole chunk.
   void multiply_part(const Chunk& c, Range part, const Panels<T>& w_ih,
                      const Sequence<T>& grad_input) const {
-    ProductArgs<T> a;
-    a.K = H_;
-    a.N = cell_.w_ih.size(1);
-    a.panels = w_ih.data();
-    multiply_steps(layout_, part, delta_of<const T>(c), a, grad_input);
+    multiply_steps(layout_, part, delta_of<const T>(c), w_ih.product(), grad_input);
   }
 
   /// The weights' gradients of a chunk, where they are not made beside the walk.
@@ -371,10 +367,7 @@ class DirectionBackward {
       return;
     }
     const Panels<T> w_ih = input_panels();
-    ProductArgs<T> a;
-    a.K = H_;
-    a.N = cell_.w_ih.size(1);
-    a.panels = w_ih.data();
+    ProductArgs<T> a = w_ih.product();
     a.accumulate = accumulate;
     a.rows = c.delta.numel() / H_;
     a.x = {data_of<T>(c.delta), H_};

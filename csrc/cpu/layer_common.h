@@ -154,7 +154,7 @@ class Panels {
   Panels(const Tensor& weight, bool transposed) {
     // By sizes and strides: a transposed view costs more than a small layer.
     const int64_t k_dim = transposed ? 1 : 0, n_dim = 1 - k_dim;
-    const int64_t K = weight.size(k_dim), N = weight.size(n_dim);
+    const int64_t K = K_ = weight.size(k_dim), N = N_ = weight.size(n_dim);
     constexpr at::ScalarType type = kScalarType<T>;
     T* panels = allocate(kernels<T>().packed_size(K, N), weight.options().dtype(type));
     // Slices of columns hold whole panels. Threads share a large weight's; a 16-bit weight is
@@ -181,6 +181,15 @@ class Panels {
     return small_.empty() ? nullptr : small_.data();
   }
 
+  /// A product with it, but for rows, x and out.
+  ProductArgs<T> product() const {
+    ProductArgs<T> a;
+    a.K = K_;
+    a.N = N_;
+    a.panels = data();
+    return a;
+  }
+
  private:
   T* allocate(int64_t size, const at::TensorOptions& options) {
     constexpr int64_t kSmall = 1 << 10;  // a tensor costs more than a small layer
@@ -192,6 +201,7 @@ class Panels {
     return mutable_data_of<T>(large_);
   }
 
+  int64_t K_ = 0, N_ = 0;
   std::vector<T> small_;
   Tensor large_;
 };

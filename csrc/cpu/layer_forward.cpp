@@ -292,14 +292,9 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
   const auto run = [&](const Stage& stage, int64_t part) {
     const int64_t l = stage.layer;
     const Tensor& input = l > 0 ? layers[l].input : x;
-    if (stage.task == kMultiply) {
-      ProductArgs<T> a;
-      a.K = input.size(-1);
-      a.N = layers[l].hidden_size();
-      a.panels = w_ih[l].data();
-      return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0), a,
-                            sequence_of<T>(layout, outputs[l], 0, 0));
-    }
+    if (stage.task == kMultiply)
+      return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0),
+                            w_ih[l].product(), sequence_of<T>(layout, outputs[l], 0, 0));
     ForwardArgs<T> a = forward_args<T>(layout, plans[l], layers[l], 0, *cells[l], input, hx[l],
                                        parts[part], outputs[l]);
     a.row_end = layout.B;
