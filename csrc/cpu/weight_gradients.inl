@@ -52,15 +52,16 @@ struct Run {
 };
 
 /// A block of the result, out[vector column * vector_stride + scalar column * scalar_stride], one
-/// of whose strides is 1.
+/// of whose strides is 1. The first sums are written over what is there, others added to it.
 template <typename T>
 struct OuterBlock {
   T* data;
   int64_t vector_stride, scalar_stride;
+  bool overwrites;
 
   FASTRNN_INLINE OuterBlock at(int64_t vector_column, int64_t scalar_column) const {
     return {data + vector_column * vector_stride + scalar_column * scalar_stride, vector_stride,
-            scalar_stride};
+            scalar_stride, overwrites};
   }
 };
 
@@ -72,7 +73,10 @@ __attribute__((noinline)) void add_transposed(const T (&sums)[R][N], int64_t wid
                                               OuterBlock<T> out) {
   for (int64_t n = 0; n < width; ++n) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) out.data[n * out.vector_stride + r] += sums[r][n];
+    for (int r = 0; r < R; ++r) {
+      T* p = out.data + n * out.vector_stride + r;
+      *p = out.overwrites ? sums[r][n] : *p + sums[r][n];
+    }
   }
 }
 
@@ -84,10 +88,13 @@ FASTRNN_INLINE void add_vectors(const Vec<T> (&acc)[R][V], int64_t tail, OuterBl
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       Sum<T>* p = out.data + r * out.scalar_stride + v * kLanes<T>;
-      if (v == V - 1 && tail != 0)
-        store_tail<Sum<T>>(p, load_tail<Sum<T>>(p, tail) + acc[r][v], tail);
+      const bool partial = v == V - 1 && tail != 0;
+      Vec<T> sum = acc[r][v];
+      if (!out.overwrites) sum += partial ? load_tail<Sum<T>>(p, tail) : load<Sum<T>>(p);
+      if (partial)
+        store_tail<Sum<T>>(p, sum, tail);
       else
-        store<Sum<T>>(p, load<Sum<T>>(p) + acc[r][v]);
+        store<Sum<T>>(p, sum);
     }
   }
 }
@@ -193,8 +200,7 @@ class OuterProduct {
       : along_k_(k.end - k.begin >= kLanes<T>),
         vectors_(along_k_ ? k : n),
         scalars_(along_k_ ? n : k),
-        out_{out, along_k_ ? 1 : K, along_k_ ? K : 1},
-        overwrites_(overwrites),
+        out_{out, along_k_ ? 1 : K, along_k_ ? K : 1, overwrites},
         workspace_(workspace),
         room_(kPacks<T> ? packed_rows : kOuterParts * kOuterRows<T>) {}
 
@@ -213,7 +219,7 @@ class OuterProduct {
   /// Multiplies what is left.
   void finish() {
     if (count_ > 0) return multiply_rows();
-    if (overwrites_) clear(vectors_, scalars_);
+    if (out_.overwrites) clear();
   }
 
  private:
@@ -226,12 +232,12 @@ class OuterProduct {
     else
       multiply();
     count_ = rows_ = 0;
-    overwrites_ = false;
+    out_.overwrites = false;
   }
 
-  /// out = 0 for a block.
-  void clear(Columns vectors, Columns scalars) const {
-    const Columns rows = along_k_ ? scalars : vectors, columns = along_k_ ? vectors : scalars;
+  /// out = 0.
+  void clear() const {
+    const Columns rows = along_k_ ? scalars_ : vectors_, columns = along_k_ ? vectors_ : scalars_;
     const int64_t stride = along_k_ ? out_.scalar_stride : out_.vector_stride;
     for (int64_t row = rows.begin; row < rows.end; ++row)
       __builtin_memset(out_.data + row * stride + columns.begin, 0,
@@ -273,10 +279,10 @@ class OuterProduct {
       const int64_t v_end = smaller(v + kVectorColumns<T>, vectors_.end);
       for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
         const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
-        if (overwrites_) clear({v, v_end}, {s, s_end});
-        for (int64_t i = 0; i < parts; ++i)
+        OuterBlock<Sum<T>> out = out_;
+        for (int64_t i = 0; i < parts; ++i, out.overwrites = false)
           outer_product<T>(runs_ + first_run_[i], first_run_[i + 1] - first_run_[i], v, v_end, s,
-                           s_end, out_);
+                           s_end, out);
       }
     }
   }
@@ -294,15 +300,14 @@ class OuterProduct {
       for (int64_t s = scalars_.begin; s < scalars_.end; s += kScalarColumns<T>) {
         const int64_t s_end = smaller(s + kScalarColumns<T>, scalars_.end);
         const int64_t rows = pack_columns(&Run<T>::scalars, {s, s_end}, kScalarColumns<T>, scalars);
-        if (overwrites_) clear({v, v_end}, {s, s_end});
         for (int64_t n = v; n < v_end; n += kPanel<T>) {
           const Matrix<const T> panel = {panels + (n - v) * room_, kPanel<T> * kDepth<T>};
           const Matrix<const T> block = {scalars, kScalarColumns<T> * kDepth<T>};
-          for (int64_t row = 0; row < rows; row += kRows) {
+          OuterBlock<Sum<T>> out = out_.at(n, s);
+          for (int64_t row = 0; row < rows; row += kRows, out.overwrites = false) {
             const Run<T> part = {smaller(kRows, rows - row), from_row(panel, row),
                                  from_row(block, row)};
-            outer_product<T>(&part, 1, 0, smaller(kPanel<T>, v_end - n), 0, s_end - s,
-                             out_.at(n, s));
+            outer_product<T>(&part, 1, 0, smaller(kPanel<T>, v_end - n), 0, s_end - s, out);
           }
         }
       }
@@ -328,8 +333,7 @@ class OuterProduct {
 
   const bool along_k_;  // the vectors' columns are those of `a`, else of delta
   const Columns vectors_, scalars_;
-  const OuterBlock<Sum<T>> out_;  // from its first element
-  bool overwrites_;               // nothing has been written yet
+  OuterBlock<Sum<T>> out_;  // from its first element; overwrites until something is written
   T* const workspace_;
   const int64_t room_;
   Run<T> runs_[kMostRuns];
