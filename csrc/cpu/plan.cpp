@@ -36,12 +36,11 @@ constexpr int64_t kRowsPerColumn = 4;
 constexpr int64_t kRowsToPack = 16, kTinyHidden = 8;
 constexpr int64_t kBatchToPack = 2, kHiddenToPack = 256, kRowsToPackForFew = 64,
                   kBytesToPackForFew = 1 << 20, kLineBytes = 64;
-// Rows that a large packed weight has to serve before it is cheaper than ATen's products: in all
-// steps, each with its own product, and in one product. The hidden size from which 16-bit matrix
-// instructions in that product outweigh all else.
-constexpr int64_t kRowsToPackLarge = 256, kRowsToPackOnce = 64, kHiddenFor16Bit = 400;
-// ATen's product packs both matrices. For few rows of many features that costs more than the
-// product itself, and reading weights as they are is faster.
+// Rows that a packed weight has to serve before it is cheaper: in all steps, than one that is read
+// as it is, above kSmallHidden; in one product, than ATen's. The hidden size from which 16-bit
+// matrix instructions in ATen's product outweigh all else.
+constexpr int64_t kRowsToPackLarge = 128, kRowsToPackOnce = 64, kHiddenFor16Bit = 400;
+// For few rows of many features packing costs more than the product itself, by ATen too.
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
 // Multiply-adds below which a second thread costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 19;
@@ -123,14 +122,18 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
                     (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
                                        : reuses_input_weight || s.total_rows <= kRowsToPack);
   plan.pack_input_weights = plan.fuse_input && (plan.pack_weights || s.I < kInputToPack);
-  const bool few_rows = !plan.fuse_input && !s.converts && s.state_rows <= kRowsToPackLarge;
+  const bool few_rows = !plan.fuse_input && !s.converts && s.B > kBatchToPack &&
+                        s.H > kSmallHidden && s.state_rows <= kRowsToPackLarge;
   plan.own_input_product =
       !plan.fuse_input && !s.converts && !large_16bit && s.total_rows * kFeaturesPerRow <= s.I;
-  const bool few_in_step = s.B <= kFewRows && s.B * kFeaturesPerRow <= s.H && !large_16bit;
-  const bool pays_no_packing = !s.packed && s.B > kBatchToPack && (few_rows || large_16bit);
-  plan.step_products = pays_no_packing && !few_in_step;
-  plan.backward_step_products = pays_no_packing && (s.element_size == 2 || s.baseline);
-  const bool reads_as_is = pays_no_packing && few_in_step;
+  const bool reads_as_is =
+      few_rows && s.B <= kFewRows && s.B * kFeaturesPerRow <= s.H && !large_16bit;
+  plan.backward_step_products =
+      !s.packed && s.B > kBatchToPack && (large_16bit || (s.baseline && few_rows));
+  plan.step_products = plan.backward_step_products && !reads_as_is;
+  // Of bfloat16 the kernels multiply pairs only in packed weights.
+  const bool packs_backward =
+      plan.pack_weights && !few_in_large && (s.element_size == 2 || !few_rows);
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
@@ -185,8 +188,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   const bool outweighs_chunk = !s.converts && s.element_size > 2 &&
                                panel_bytes >= kLargePanelBytes && s.total_rows > s.H &&
                                s.total_rows < kParts * s.H;
-  plan.backward_packs = across_lines || (plan.pack_weights && !few_in_large && !pays_no_packing &&
-                                         !one_beside && !outweighs_chunk);
+  plan.backward_packs = across_lines || (packs_backward && !one_beside && !outweighs_chunk);
   return plan;
 }
 
