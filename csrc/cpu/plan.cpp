@@ -131,9 +131,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.backward_step_products =
       !s.packed && s.B > kBatchToPack && (large_16bit || (s.baseline && few_rows));
   plan.step_products = plan.backward_step_products && !reads_as_is;
-  // Of bfloat16 the kernels multiply pairs only in packed weights.
-  const bool packs_backward =
-      plan.pack_weights && !few_in_large && (s.element_size == 2 || !few_rows);
+  const bool packs_backward = plan.pack_weights && !few_in_large && !few_rows;
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
@@ -185,10 +183,12 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // than one chunk is walked: there it may be larger than a chunk's delta.
   const bool one_beside = plan.gradient_steps < s.T && s.B == 1 && s.H >= kHiddenToPackForOne;
   const int64_t panel_bytes = s.H * s.H * s.element_size;
-  const bool outweighs_chunk = !s.converts && s.element_size > 2 &&
-                               panel_bytes >= kLargePanelBytes && s.total_rows > s.H &&
-                               s.total_rows < kParts * s.H;
-  plan.backward_packs = across_lines || (packs_backward && !one_beside && !outweighs_chunk);
+  const bool outweighs_chunk = !s.converts && panel_bytes >= kLargePanelBytes &&
+                               s.total_rows > s.H && s.total_rows < kParts * s.H;
+  // Of bfloat16 the kernels multiply pairs only in packed weights.
+  plan.backward_packs = s.element_size == 2
+                            ? s.total_rows > kRowsToPack
+                            : across_lines || (packs_backward && !one_beside && !outweighs_chunk);
   return plan;
 }
 

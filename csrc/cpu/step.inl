@@ -429,6 +429,7 @@ void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool de
     done += count * V;
   };
   constexpr int kVectors = FASTRNN_TILE_VECTORS;
+  // In a single pass, long runs through each of W_hh's rows.
   if (s.rows <= 2 || kDepth<T> > 1) combine(std::integral_constant<int, 2 * kVectors>{});
   combine(std::integral_constant<int, kVectors>{});
   combine(std::integral_constant<int, 1>{});
