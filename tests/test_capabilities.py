@@ -27,6 +27,14 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
+GRID_PLANS = """
+from test_operators import DTYPES, PADDED, STEP_PRODUCTS, plans
+taken = [plan for case in PADDED for dtype in DTYPES for _, plan in plans(case, dtype)]
+for name in STEP_PRODUCTS:
+    assert {plan[name] for plan in taken} == {False, True}, name
+"""
+
+
 def run_python(code, *arguments, **variables):
     """Run `code` with the fastrnn that is under test, ATEN_CPU_CAPABILITY unset, on one thread."""
     environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
@@ -62,6 +70,11 @@ def test_results_and_gradients_are_right_with_every_capability(capability, best)
         ATEN_CPU_CAPABILITY=capability,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr
+
+
+def test_the_grid_takes_step_products_both_ways_with_the_kernels_for_any_processor():
+    process = run_python(GRID_PLANS, ATEN_CPU_CAPABILITY="default")
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,6 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.backward_step_products =
       !s.packed && s.B > kBatchToPack && (large_16bit || (s.baseline && few_rows));
   plan.step_products = plan.backward_step_products && !reads_as_is;
-  const bool packs_backward = plan.pack_weights && !few_in_large && !few_rows;
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
       !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
@@ -188,7 +187,8 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // Of bfloat16 the kernels multiply pairs only in packed weights.
   plan.backward_packs = s.element_size == 2
                             ? s.total_rows > kRowsToPack
-                            : across_lines || (packs_backward && !one_beside && !outweighs_chunk);
+                            : across_lines || (plan.pack_weights && !few_in_large && !few_rows &&
+                                               !one_beside && !outweighs_chunk);
   return plan;
 }
 
