@@ -84,12 +84,10 @@ FASTRNN_INLINE void multiply(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride
   }
 }
 
-/// So many independent sums over k for each number of a tile: a low one has too few numbers to hide
-/// the latency of the multiply-add. (Of one vector only, more sums bring nothing.)
+/// So many independent sums over k for each number of a tile: eight in all hide the latency of the
+/// multiply-add, and a low tile has fewer numbers. (Of one vector only, more sums bring nothing.)
 template <int R, int V>
-constexpr int kSums = R == 1             ? 4
-                      : R == 2 && V == 2 ? 2
-                                         : 1;
+constexpr int kSums = R == 1 ? 4 : V > 1 && R * V < 8 ? 2 : 1;
 
 /// As multiply, in kSums sums that are added up apart from acc.
 template <typename T, int R, int V>
