@@ -126,7 +126,7 @@ def grid() -> list[Case]:
     cases.append(Case(0, 0, 3, 40, bidirectional=True, lengths=(2,) * 300 + (1,) * 50))
     # Backward with a middle chunk, in float32 too; two directions share one budget.
     cases += [Case(60, 560, 3, 64), Case(84, 100, 5, 130, bidirectional=True, hx=True)]
-    # Backward in two chunks, the second without packed weights.
+    # Backward in four chunks, W_hh larger than each: in float32 and float64 it is read as it is.
     for f, bi in (("tanh", False), ("relu", True)):
         cases.append(Case(19, 40, 6, 516, bidirectional=bi, nonlinearity=f, hx=bi))
     for H, many in ((112, range(70, 156)), (300, range(40, 94)), (160, range(8, 36))):

@@ -81,3 +81,34 @@ def test_the_bits_of_few_rows_do_not_depend_on_threads(case):
         with threads(count), torch.inference_mode():
             results.append(module(inputs[0], hx)[1])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("T, B", [(3, 5), (4, 3), (2, 7)])
+def test_the_bits_of_backward_do_not_depend_on_where_threads_cut_the_columns(T, B):
+    # Tiles of every height; cuts in the middle of what one thread takes side by side.
+    case = Case(T, B, 4, 496)
+    module = case.module(fastrnn.RNN, torch.float32)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            plan = plan_of(case, torch.float32)
+            assert plan["column_blocks"] == count and not plan["backward_packs"]
+            results.append(testing.run(module, case, torch.float32)["grad_bias_ih_l0"])
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("T, B", [(3, 4), (3, 2), (20, 4)])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_a_weight_whose_rows_are_one_row_is_read_right(name, T, B):
+    gradients = []
+    row = torch.randn(1, 20 if name == "weight_hh_l0" else 5, dtype=torch.float64) / 5
+    x = torch.randn(T, B, 5, dtype=torch.float64)
+    for cls in (fastrnn.RNN, torch.nn.RNN):
+        torch.manual_seed(0)
+        module = cls(5, 20, dtype=torch.float64)
+        leaf = row.clone().requires_grad_()
+        output, _ = torch.func.functional_call(module, {name: leaf.expand(20, -1)}, x)
+        output.square().sum().backward()
+        gradients.append([leaf.grad, *(p.grad for n, p in module.named_parameters() if n != name)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

@@ -11,7 +11,7 @@ import fastrnn
 from fastrnn import _C, testing
 from fastrnn.testing import Case
 
-pytestmark = pytest.mark.skipif(
+by_our_kernels = pytest.mark.skipif(
     _C.cpu_capability() == "default", reason="the kernels for any processor leave them to ATen"
 )
 
@@ -33,6 +33,7 @@ CASES = [
 ]
 
 
+@by_our_kernels
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,8 +44,8 @@ def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-# Gradients in float32 where there are many rows, else by blocks, of several rows and columns; input
-# in the step whatever its size, but for one sequence.
+# Where they are converted: gradients in float32 where there are many rows, else by blocks, of
+# several rows and columns; input in the step whatever its size, but for one sequence.
 CONVERTED = [
     Case(80, 41, 300, 290, hx=True),
     Case(30, 19, 20, 300, batch_first=True, num_layers=2),
@@ -56,11 +57,12 @@ CONVERTED = [
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CONVERTED, ids=str)
-def test_large_layers_that_are_converted_are_right(case, count):
+def test_large_layers_of_sixteen_bits_are_right(case, dtype, count):
     with threads(count):
-        ours = testing.run(case.module(fastrnn.RNN, torch.float16), case, torch.float16)
-    assert_as_accurate_as_nn_rnn(ours, case, torch.float16)
+        ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
 def test_converted_layers_have_gradients_in_float32_beside_many_rows():
@@ -81,6 +83,7 @@ INPUTS = [
 ]
 
 
+@by_our_kernels
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("case", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,8 +95,10 @@ def test_the_inputs_product_is_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
+@by_our_kernels
 def test_products_of_few_rows_and_gradients_of_sixteen_bits_are_left_to_aten():
     few = _C.cpu_plan(10, 6, 300, 300, 1, torch.float32)
     assert few["own_gradients"] and not few["own_products"] and not few["own_input_gradient"]
     assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.float16)["own_products"]
-    assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.bfloat16)["own_gradients"]
+    bfloat16 = _C.cpu_plan(100, 50, 300, 300, 1, torch.bfloat16)
+    assert bfloat16["own_gradients"] == bfloat16["converts"]

@@ -55,8 +55,10 @@ void add(const Cell& sum, const Cell& part) {
 
 /// Every gradient in the type of the weights.
 void round(Cell& cell, at::ScalarType type) {
-  for (Tensor Cell::* gradient : kGradients)
-    if ((cell.*gradient).defined()) cell.*gradient = converted(cell.*gradient, type);
+  for (Tensor Cell::* gradient : kGradients) {
+    Tensor& t = cell.*gradient;
+    if (t.defined() && t.scalar_type() != type) t = converted(t, type);
+  }
 }
 
 /// Of each layer, for so many threads.
@@ -72,8 +74,8 @@ std::vector<Plan> plans_of(const BackwardPass& pass, int64_t threads) {
 std::vector<Plan> plans_of_part(const BackwardPass& part, const std::vector<Plan>& whole) {
   std::vector<Plan> plans = plans_of(part, /*threads=*/1);
   for (size_t l = 0; l < plans.size(); ++l) {
-    for (bool Plan::* choice : {&Plan::own_gradients, &Plan::own_input_gradient,
-                                &Plan::backward_step_products, &Plan::backward_packs})
+    for (bool Plan::* choice :
+         {&Plan::own_gradients, &Plan::own_input_gradient, &Plan::backward_packs})
       plans[l].*choice = whole[l].*choice;
   }
   return plans;
@@ -88,9 +90,7 @@ std::vector<Cell> run_by_parts(const BackwardPass& pass, const Backward& backwar
   int64_t parts = threads;
   for (const Plan& plan : plans) parts = std::min(parts, plan.batch_parts);
   const auto rounded = [&](std::vector<Cell> cells) {
-    const at::ScalarType type = pass.layers[0].input.scalar_type();
-    if (type != kScalarType<Sum<T>>)
-      for (Cell& cell : cells) round(cell, type);
+    for (Cell& cell : cells) round(cell, pass.layers[0].input.scalar_type());
     return cells;
   };
   if (parts == 1) return rounded(backward(pass, plans));

@@ -69,13 +69,10 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   }
 }
 
-/// out = x W^T but for the weight, [N, K].
+/// A product of the rows of x, written to those of out. a: with its weight.
 template <typename T>
-ProductArgs<T> product_args(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  ProductArgs<T> a;
+ProductArgs<T> product_of(ProductArgs<T> a, const Tensor& x, const Tensor& out) {
   a.rows = x.size(0);
-  a.K = x.size(1);
-  a.N = weight.size(0);
   a.x = matrix_of<T>(x);
   a.out = {mutable_data_of<T>(out), out.stride(0)};
   return a;
@@ -85,8 +82,11 @@ ProductArgs<T> product_args(const Tensor& x, const Tensor& weight, const Tensor&
 template <typename T>
 void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& out) {
   const Tensor w = readable(weight, kScalarType<T>);
-  ProductArgs<T> a = product_args<T>(x, w, out);
+  ProductArgs<T> a;
+  a.K = w.size(1);
+  a.N = w.size(0);
   a.w = matrix_of<T>(w);
+  a = product_of(a, x, out);
   const int64_t vector = kernels<T>().padded_columns(1), vectors = at::divup(a.N, vector);
   const auto run = [&](int64_t begin, int64_t end) {
     ProductArgs<T> part = a;
@@ -108,14 +108,11 @@ template <typename T>
 void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
                         const Tensor& out) {
   const Panels<T> panels(weight, /*transposed=*/true);
-  if (is_matrix(x)) {
-    ProductArgs<T> a = product_args<T>(as_rows(x), weight, as_rows(out));
-    a.panels = panels.data();
-    return multiply_rows(a, plan.parallel);
-  }
+  if (is_matrix(x))
+    return multiply_rows(product_of(panels.product(), as_rows(x), as_rows(out)), plan.parallel);
   const int64_t outer = x.size(0) < x.size(1) ? 0 : 1, count = x.size(outer);
-  ProductArgs<T> first = product_args<T>(x.select(outer, 0), weight, out.select(outer, 0));
-  first.panels = panels.data();
+  const ProductArgs<T> first =
+      product_of(panels.product(), x.select(outer, 0), out.select(outer, 0));
   const bool each_alone = plan.parallel && count >= available_threads();
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -177,8 +174,8 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   run_parts(layout, plan, args, kernels<T>().forward);
 }
 
-/// Few steps of a large layer, or products that outrun the kernels; direction d; output holds x
-/// W_ih^T:
+/// Few rows of a large layer with the kernels for any processor, or 16-bit products in tiles (AMX);
+/// direction d; output holds x W_ih^T:
 ///   y_t = f( y_t + h_{t-1} W_hh^T + bias ),  the product by ATen
 template <typename T>
 void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,

@@ -86,14 +86,13 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
   // chunk where delta is smaller than that, else parts of the sequence.
   // Packed sequences may have previous states gathered, as much again as delta; chunks that are
   // converted have all their tensors in memory twice.
-  const int64_t delta_bytes = s.total_rows * s.H * s.element_size,
-                panel_bytes = s.H * s.H * s.element_size;
+  const int64_t delta_bytes = s.total_rows * s.H * s.element_size;
   const bool converted = s.converts && plan.own_gradients,
              gathers = s.packed && !plan.own_gradients;
   const int64_t parts = converted ? 4 * kParts : gathers ? 2 * kParts : kParts;
   const int64_t small_bytes = converted ? kSmallBytes / 8 : kSmallBytes;
   const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
-  if (delta_bytes <= std::max(small_bytes, panel_bytes))
+  if (delta_bytes <= std::max(small_bytes, s.w_hh_bytes()))
     plan.backward_steps = s.T;
   else
     plan.backward_steps =
@@ -109,14 +108,14 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   Plan plan{};
   plan.converts = s.converts;
   const bool few_in_large = !s.converts && s.B <= kBatchToPack && s.H >= kHiddenToPack;
-  plan.pack_weights = s.converts || (s.H <= kTinyHidden && s.I <= s.total_rows) ||
-                      (few_in_large ? s.total_rows >= kRowsToPackForFew &&
-                                          s.H * s.H * s.element_size <= kBytesToPackForFew
-                                    : s.total_rows > kRowsToPack);
+  plan.pack_weights =
+      s.converts || (s.H <= kTinyHidden && s.I <= s.total_rows) ||
+      (few_in_large ? s.total_rows >= kRowsToPackForFew && s.w_hh_bytes() <= kBytesToPackForFew
+                    : s.total_rows > kRowsToPack);
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
-  const bool large_16bit = s.fast_products && !s.converts && s.H >= kHiddenFor16Bit;
+  const bool large_16bit = s.tile_products && !s.converts && s.H >= kHiddenFor16Bit;
   const bool fits = (s.I + s.H) * s.H * s.element_size <= kFusedBytes;
   plan.fuse_input = s.I > 0 && (fits || s.converts) && !large_16bit &&
                     (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
@@ -133,7 +132,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan.step_products = plan.backward_step_products && !reads_as_is;
   if (reads_as_is) plan.pack_weights = false;
   plan.own_products =
-      !s.converts && !s.fast_products && !s.baseline && s.total_rows > kRowsToPackOnce;
+      !s.converts && !s.tile_products && !s.baseline && s.total_rows > kRowsToPackOnce;
   const bool small = s.H <= kOuterHidden && s.I <= kOuterInput,
              has_many = s.total_rows >= kRowsPerColumn * (s.I + s.H);
   plan.own_gradients = small || (s.converts ? has_many : s.element_size > 2 && !s.baseline);
@@ -158,7 +157,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
         kMaxTeam);
   plan.parallel = useful_threads > 1;
   const bool by_rows = plan.own_gradients && s.H <= kBatchPartHidden && plan.column_blocks == 1 &&
-                       !plan.backward_step_products && !(s.converts && (s.packed || !small));
+                       !(s.converts && (s.packed || !small));
   plan.batch_parts = by_rows
                          ? std::clamp<int64_t>(
                                std::min(s.B / rows_per_block, work / kWorkPerBatchPart), 1, threads)
@@ -171,8 +170,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   plan_chunks(s, plan);
   const bool walks_alone = together * plan.row_blocks * plan.column_blocks * plan.batch_parts == 1;
   plan.gradient_steps = s.T;
-  if (plan.parallel && walks_alone && plan.own_gradients && !plan.backward_step_products &&
-      !s.converts)
+  if (plan.parallel && walks_alone && plan.own_gradients && !s.converts)
     plan.gradient_steps =
         divide_up(s.T, std::clamp<int64_t>(work / kWorkPerPart, 1, kGradientParts));
 
@@ -181,8 +179,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // A panel is in memory beside the gradients where these are made beside the walk, and where more
   // than one chunk is walked: there it may be larger than a chunk's delta.
   const bool one_beside = plan.gradient_steps < s.T && s.B == 1 && s.H >= kHiddenToPackForOne;
-  const int64_t panel_bytes = s.H * s.H * s.element_size;
-  const bool outweighs_chunk = !s.converts && panel_bytes >= kLargePanelBytes &&
+  const bool outweighs_chunk = !s.converts && s.w_hh_bytes() >= kLargePanelBytes &&
                                s.total_rows > s.H && s.total_rows < kParts * s.H;
   // Of bfloat16 the kernels multiply pairs only in packed weights.
   plan.backward_packs = s.element_size == 2
@@ -201,7 +198,7 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   if (plan.step_products || plan.row_blocks * plan.column_blocks > 1) return by_layers;
   StackPlan stack;
   stack.multiplies_first = plan.own_products && first.I <= kWideInput * first.H;
-  // Products of so few rows are ATen's, which a part cannot ask for.
+  // Products of so few rows are ATen's, or ours by columns: not by parts of the sequence.
   if (!plan.fuse_input && first.total_rows <= kRowsToPackOnce) return by_layers;
   if (layers > 1 && layer.I + first.H > kPanelsPerOutput * first.total_rows) return by_layers;
   // Stages: each layer's walk, and its product, if that is not in the walk or made before.

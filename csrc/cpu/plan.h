@@ -15,8 +15,10 @@ struct LayerShape {
   bool packed;           // sequences of unequal length
   int64_t element_size;  // of the kernels' tensors: 2 (bfloat16), 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
-  bool fast_products;    // ATen's products of 16-bit tensors outrun the kernels
+  bool tile_products;    // ATen multiplies 16-bit tensors in tiles (AMX), outrunning the kernels
   bool baseline;         // the kernels are those for any processor: ATen's products outrun them
+
+  int64_t w_hh_bytes() const { return H * H * element_size; }
 };
 
 struct Plan {

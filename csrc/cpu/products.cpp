@@ -78,7 +78,8 @@ void multiply_blocks(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate) {
   // In a turn BLAS would have one thread or, where the caller is alone, several, which may come
   // late and would add in another order.
-  if (Turn::inside || !has_fast_product(a.scalar_type())) {
+  const bool widens = out.scalar_type() != a.scalar_type();
+  if (Turn::inside || widens || !has_fast_product(a.scalar_type())) {
     const bool is_double = a.scalar_type() == at::kDouble;
     return (is_double ? multiply_blocks<double> : multiply_blocks<float>)(a, b, out, accumulate);
   }

@@ -17,8 +17,8 @@ bool has_fast_product(at::ScalarType type);
 bool has_tile_product(at::ScalarType type);
 
 /// out = a b, or out += a b. a [M, K], b [K, N], out [M, N], of one dtype and any strides; out
-/// overlaps neither. 16-bit products add up in float32 and need no float32 copy of an argument;
-/// where they are not fast, out may be float32.
+/// overlaps neither. 16-bit products add up in float32 and need no float32 copy of an argument; out
+/// may be float32.
 void multiply(const at::Tensor& a, const at::Tensor& b, at::Tensor out, bool accumulate = false);
 
 }  // namespace fastrnn::cpu

@@ -23,6 +23,7 @@
 #include "activations.inl"
 #include "pack.inl"
 #include "step.inl"
+#include "unpacked_step.inl"
 #include "team.inl"
 #include "walk.inl"
 #include "weight_gradients.inl"

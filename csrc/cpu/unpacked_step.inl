@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One step of the recurrence over weights as they are: in forward dot products with their rows, in
+// backward combinations of these. Part of recurrence.inl.
+
+namespace {
+
+/// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number
+/// of vectors in each round: where bit kSpan of a lane is clear the result goes on with acc[i],
+/// where it is set with acc[i + kSpan], each as the sum of two lanes.
+template <typename T, int kSpan>
+struct LaneSums {
+  template <size_t... kLane>
+  static FASTRNN_INLINE Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
+    constexpr int kCount = static_cast<int>(kLanes<T>);
+    return __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane - kSpan : kLane)...) +
+           __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane : kLane + kSpan)...);
+  }
+  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSpan; ++i)
+      acc[i] = merge(acc[i], acc[i + kSpan], std::make_index_sequence<kLanes<T>>());
+    return LaneSums<T, kSpan / 2>::of(acc);
+  }
+};
+template <typename T>
+struct LaneSums<T, 0> {
+  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) { return acc[0]; }
+};
+
+/// Rows of a weight that are read side by side, and so many vectors of each at a time: enough sums
+/// to hide the latency of the multiply-add, few enough streams for the processor to read ahead.
+template <typename T>
+constexpr int kDotRows = kLanes<T> < 4 ? kLanes<T> : 4;
+template <int R>
+constexpr int kDotVectors = FASTRNN_TILE_VECTORS / R;
+
+/// acc[r][j] += a[r] * w[j], lane by lane, over kWeights of their columns from k on.
+template <typename T, int R>
+FASTRNN_INLINE void add_dots(Vec<T> (&acc)[R][kDotRows<T>], Matrix<const T> a,
+                             const T* const (&w)[kDotRows<T>], int64_t k) {
+  Weights<T> x[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) x[r] = load_weights(a.data + r * a.row_stride + k);
+#pragma GCC unroll 4
+  for (int j = 0; j < kDotRows<T>; ++j) {
+    Weights<T> weights = load_weights(w[j] + k);
+    if constexpr (R > 1) keep(weights);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) add_terms<T>(acc[r][j], x[r], weights);
+  }
+}
+
+/// sums[r][j] += a[r] * w[j] over K columns, lane by lane, for rows j < `count` of w. Some sums
+/// after those change too.
+template <typename T, int R>
+FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const T> a,
+                                     Matrix<const T> w, int64_t count, int64_t K) {
+  constexpr int V = kDotVectors<R>;
+  constexpr int64_t kPart = kTerms * kWeights<T>;  // kTerms or less in a lane, then to the sums
+  const int64_t tail = K % kWeights<T>, whole = K - tail;
+  for (int64_t first = 0; first < count; first += kDotRows<T>) {
+    const T* rows[kDotRows<T>];
+    for (int64_t j = 0; j < kDotRows<T>; ++j)
+      rows[j] = w.data + (first + j < count ? first + j : count - 1) * w.row_stride;
+    for (int64_t begin = 0; begin < K; begin += kPart) {
+      const int64_t end = begin + kPart < whole ? begin + kPart : whole;
+      Vec<T> acc[V][R][kDotRows<T>] = {};
+      int64_t k = begin;
+      for (; k + V * kWeights<T> <= end; k += V * kWeights<T>) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) add_dots<T, R>(acc[v], a, rows, k + v * kWeights<T>);
+      }
+      for (; k < end; k += kWeights<T>) add_dots<T, R>(acc[0], a, rows, k);
+      const bool ends = tail != 0 && begin + kPart > whole;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kDotRows<T>; ++j) {
+          if (ends)
+            add_terms<T>(acc[0][r][j], load_end(a.data + r * a.row_stride, K, tail),
+                         load_end(rows[j], K, tail));
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sums[r][first + j] += acc[v][r][j];
+        }
+      }
+    }
+  }
+}
+
+/// acc[r] += x[r] * W_x for R rows and one vector of columns, from `column`; W_x is packed.
+template <typename T, int R>
+FASTRNN_INLINE void add_packed_input(Vec<T> (&acc)[R][1], const Step<T>& s, int64_t row,
+                                     int64_t column) {
+  const int64_t first = column / kPanel<T> * kPanel<T>;  // of the panel
+  const int64_t rest = (s.N - first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t width = rest < kPanel<T> ? rest : kPanel<T>;
+  const T* weights = s.x_panels + first * round_up_to_depth<T>(s.I) + (column - first) * kDepth<T>;
+  multiply<T, R, 1>(acc, s.x.data + row * s.x.row_stride, s.x.row_stride, s.I, weights,
+                    width * kDepth<T>);
+}
+
+/// R rows of one vector of columns, from `column`, of which `width` are there.
+template <typename T, typename Act, int R>
+void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width) {
+  Vec<T> sums[R][kLanes<T>] = {};
+  if (s.I != 0 && s.x_panels == nullptr)
+    add_dot_products<T, R>(sums, from_row(s.x, row), from_row(s.w_x, column), width, s.I);
+  if (s.K != 0)
+    add_dot_products<T, R>(sums, from_row(s.s, row), from_row(s.w_s, column), width, s.K);
+  Vec<T> acc[R][1];
+  for (int r = 0; r < R; ++r) acc[r][0] = LaneSums<T, kLanes<T> / 2>::of(sums[r]);
+  if (s.I != 0 && s.x_panels != nullptr) add_packed_input<T, R>(acc, s, row, column);
+  finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
+}
+
+/// Forward, vectors [begin, end) of a step's columns, with weights as they are: for calls that have
+/// too few rows to pay for packing.
+template <typename T, typename Act>
+void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
+    const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
+    cut_into_tiles<FASTRNN_TILE_VECTORS>(
+        0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+          unpacked_rows<T, Act, decltype(rows)::value>(s, row, column, width);
+        });
+  }
+}
+
+/// Backward, R rows of V vectors of columns, with W_hh as it is: combinations of its rows. tail: as
+/// for finish, of one vector only.
+template <typename T, typename Epilogue, int R, int V>
+void combine_rows(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
+  const T* a = s.s.data + row * s.s.row_stride;
+  Vec<T> acc[R][V] = {};
+  for (int64_t first = 0; first < s.K; first += kTerms) {
+    Vec<T> part[R][V] = {};
+    for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
+      const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const bool partial = V == 1 && tail != 0;
+        Vec<T> w = partial ? load_tail<T>(weights, tail) : load<T>(weights + v * kLanes<T>);
+        if constexpr (R > 1) keep(w);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) part[r][v] += widen(a[r * s.s.row_stride + k]) * w;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
+    }
+  }
+  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
+}
+
+/// sums[r] += s[row + r] W_hh for R rows, V vectors of columns from `column` and the terms [k,
+/// end); with the last terms, out of it. tail: as for combine_rows.
+template <typename T, typename Epilogue, int R, int V>
+void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
+                     int64_t k, int64_t end) {
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+  }
+  const Matrix<const T> w = s.w_s;
+  int64_t whole = end;
+  if constexpr (V == 1) {
+    // A vector that is not full goes on into the next row, but not behind the last one.
+    int64_t behind = 0;
+    if (tail != 0)
+      behind = w.row_stride > 0 ? (kLanes<T> - tail + w.row_stride - 1) / w.row_stride : s.K;
+    if (whole > s.K - behind) whole = s.K - behind > k ? s.K - behind : k;
+  }
+  add_product<T, R, V>(acc, {s.s.data + k, s.s.row_stride}, whole - k, row,
+                       w.data + k * w.row_stride + column, w.row_stride);
+  for (int64_t j = whole; j < end; ++j) {
+    const Vec<T> weights = load_tail<T>(w.data + j * w.row_stride + column, tail);
+    for (int r = 0; r < R; ++r) acc[r][0] += s.s.data[(row + r) * s.s.row_stride + j] * weights;
+  }
+  if (end == s.K) return finish<T, Epilogue, R, V>(acc, s, row, column, tail);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[r][v] = acc[r][v];
+  }
+}
+
+/// Many rows, by blocks of W_hh's rows: lines so far apart share few places in the caches, which
+/// hold a block, but not the whole height of a panel. Adds in the order of packed weights.
+template <typename T, typename Epilogue, int V>
+void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
+  constexpr int64_t kRows = 16 * FASTRNN_TILE_ROWS, kBlock = 2 * kTerms;
+  for (int64_t first = 0, last; first < s.rows; first = last) {
+    // No few rows alone, as in product().
+    last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
+    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
+    int64_t k = 0;
+    do {  // a step without a previous state has no terms, but an end
+      const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;
+      cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
+                                        [&](auto rows, int64_t row) __attribute__((always_inline)) {
+                                          add_terms_as_is<T, Epilogue, decltype(rows)::value, V>(
+                                              sums + row - first, s, row, column, tail, k, end);
+                                        });
+      k = end;
+    } while (k < s.K);
+  }
+}
+
+/// All rows of V vectors of columns: one or two in a single pass over W_hh, as are numbers that
+/// packed weights multiply in pairs.
+template <typename T, typename Epilogue, int V>
+void combine_all_rows(const Step<T>& s, int64_t column, int64_t tail) {
+  if constexpr (kDepth<T> == 1 && V <= FASTRNN_TILE_VECTORS) {
+    if (s.rows > 2) return combine_by_blocks<T, Epilogue, V>(s, column, tail);
+  }
+  cut_into_tiles<2>(0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+    combine_rows<T, Epilogue, decltype(rows)::value, V>(s, row, column, tail);
+  });
+}
+
+/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is.
+template <typename T, typename Epilogue>
+void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
+  const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
+  int64_t done = begin;
+  const auto combine = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    const int64_t count = (end - done - (tail != 0)) / V;
+    for (int64_t i = 0; i < count; ++i)
+      combine_all_rows<T, Epilogue, V>(s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>,
+                                       0);
+    done += count * V;
+  };
+  constexpr int kVectors = FASTRNN_TILE_VECTORS;
+  // In a single pass, long runs through each of W_hh's rows.
+  if (s.rows <= 2 || kDepth<T> > 1) combine(std::integral_constant<int, 2 * kVectors>{});
+  combine(std::integral_constant<int, kVectors>{});
+  combine(std::integral_constant<int, 1>{});
+  if (tail != 0) combine_all_rows<T, Epilogue, 1>(s, done * kLanes<T>, tail);
+}
+
+}  // namespace
