@@ -52,6 +52,7 @@ CONVERTED = [
     Case(33, 35, 17, 170, bidirectional=True, hx=True),
     Case(140, 1, 200, 150, hx=True),
     Case(50, 32, 20, 300, num_layers=2),  # the lower layer in float32, the upper one by blocks
+    Case(40, 30, 600, 130, num_layers=2),  # the other way round
     Case(0, 0, 150, 140, lengths=(*range(5, 66, 2), *[47] * 40), bidirectional=True),
 ]
 
