@@ -92,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         report["not_measured"] = [label(*task) for task in tasks]
     worker.close()
+    # Last, and a program of its own: what is built makes no difference.
+    limit = min(MICRO_LIMIT, budget.left())
+    take(report, save, "micro", gpu_steps.micro, limit, args.skip_tests)
     report["complete"] = not (is_part(args) or report["not_measured"])
     save()
     print(gpu_table.render(report))
@@ -152,19 +155,26 @@ def is_part(args: argparse.Namespace) -> bool:
 def take_steps(
     report: dict[str, Any], args: argparse.Namespace, budget: Budget, save: Callable[[], None]
 ) -> None:
-    """Build, then run the suite and the microbenchmarks; each result goes into the report."""
+    """Build, then run the suite."""
+    limit = min(BUILD_LIMIT, budget.left())
+    take(report, save, "build", gpu_steps.build, limit, args.skip_build)
+    limit = min(SUITE_LIMIT, SUITE_SHARE * budget.left())
+    take(report, save, "suite", gpu_steps.suite, limit, args.skip_tests or not built(report))
+
+
+def take(
+    report: dict[str, Any],
+    save: Callable[[], None],
+    name: str,
+    step: Callable[[float], dict[str, Any]],
+    limit: float,
+    skip: bool,
+) -> None:
+    """Take one step, unless it is skipped or there is no time; the result goes into the report."""
     steps = report["steps"]
-
-    def take(name: str, step: Callable[[float], dict[str, Any]], limit: float, skip: bool) -> None:
-        steps[name] = {"status": "skipped"} if skip or limit <= 0 else step(limit)
-        print(f"{name}: {steps[name]['status']}", file=sys.stderr, flush=True)
-        save()
-
-    take("build", gpu_steps.build, min(BUILD_LIMIT, budget.left()), args.skip_build)
-    skip = args.skip_tests or not built(report)
-    take("suite", gpu_steps.suite, min(SUITE_LIMIT, SUITE_SHARE * budget.left()), skip)
-    # A program of its own: what is built makes no difference.
-    take("micro", gpu_steps.micro, min(MICRO_LIMIT, budget.left()), args.skip_tests)
+    steps[name] = {"status": "skipped"} if skip or limit <= 0 else step(limit)
+    print(f"{name}: {steps[name]['status']}", file=sys.stderr, flush=True)
+    save()
 
 
 def built(report: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Every step returns a dict for the JSON: ``status`` is ``"passed"``, ``"failed"``
 ``"absent"``, ``seconds`` what it took, ``output`` the end of what it printed, without paths.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,8 +25,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "benchmarks" / "gpu_micro.cu"
-#: Characters of output that are kept.
-TAIL = 6000
+#: Characters of output that are kept, of a failed test's message, and lines that tell of errors.
+TAIL, MESSAGE, ERROR_LINES = 6000, 300, 40
+#: The files with tests for a GPU, what tells most first, each a process of its own: an error of the
+#: GPU fails all that follows it. Where pytest-xdist is there, several processes share the tests of
+#: a file, but for those that measure time and memory.
+SUITE = ("results", "errors", "module", "use", "autograd", "graphs")
+ALONE, PROCESSES = ("use",), 8
+#: Failures after which a file is given up.
+MOST_FAILURES = 40
+#: Seconds that a program has to end by itself, and pytest to write what it found.
+GRACE = 20
 #: After so many seconds in one test pytest tells where it is, and goes on.
 SLOW_TEST = 60
 #: Exit status of pytest when no test was selected.
@@ -34,40 +45,71 @@ ARCHITECTURES = (["-arch=native"], ["-gencode=arch=compute_90a,code=sm_90a"])
 
 
 def build(limit: float) -> dict[str, Any]:
-    """Build the extension with CUDA into the checkout: by pip, else by setup.py itself."""
-    environment = {**os.environ, "FASTRNN_CUDA": "1"}
-    options = ["--no-build-isolation", "--no-deps", "--editable"]
-    by_pip = [sys.executable, "-m", "pip", "install", "--verbose", *options, "."]
-    by_setup = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    first = execute(by_pip, limit, environment)
-    if first["status"] != "failed" or first["seconds"] >= limit:
-        return {"by": "pip", **first}
-    second = execute(by_setup, limit - first["seconds"], environment)
-    return {"by": "setup.py", "pip_output": first["output"], **second}
+    """Build the extension with CUDA into the checkout; ``errors``: lines that tell of one."""
+    environment = {**os.environ, "FASTRNN_CUDA": "1", **toolkit()}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    step = execute(command, limit, environment, tail=None)
+    lines = [line for line in step["output"].splitlines() if re.search(r"\berror\b", line, re.I)]
+    if step["status"] != "passed":
+        step["errors"] = lines[:ERROR_LINES]
+    return step | {"output": step["output"][-TAIL:]}
+
+
+def toolkit() -> dict[str, str]:
+    """CUDA_HOME, unless it is set: PyTorch would take the folder of the nvcc in PATH, which may be
+    a script that stands elsewhere."""
+    usual = "/usr/local/cuda"
+    is_there = Path(usual, "include", "cuda_runtime.h").exists()
+    return {"CUDA_HOME": usual} if is_there and "CUDA_HOME" not in os.environ else {}
 
 
 def suite(limit: float) -> dict[str, Any]:
-    """Run the tests marked `gpu`: counts, and the names of those that failed."""
+    """Run the tests marked `gpu`: counts, which failed and how, and each file's own step.
+
+    Where the time was over, tests under way count as passed: pytest tells no more of them.
+    """
+    start = monotonic()
+    files = {name: suite_file(name, start + limit - monotonic()) for name in SUITE}
+    order = ("failed", "timed out", "passed", "absent")
+    status = min((file["status"] for file in files.values()), key=order.index)
+    found = counts("<none/>")
+    for file in files.values():
+        for key, value in file.pop("tests", {}).items():
+            found[key] += value
+    return {"status": status, "seconds": round(monotonic() - start, 1), **found, "files": files}
+
+
+def suite_file(name: str, limit: float) -> dict[str, Any]:
+    """Run one of `SUITE`; ``tests``: their counts."""
+    if limit <= 0:
+        return {"status": "timed out", "seconds": 0.0}
+    command = [sys.executable, "-m", "pytest", f"tests/test_gpu_{name}.py", "-m", "gpu", "-q"]
+    command += ["-p", "no:cacheprovider", "--tb=short", f"--maxfail={MOST_FAILURES}"]
+    command += ["-o", f"faulthandler_timeout={SLOW_TEST}"]
+    environment = dict(os.environ)
+    if name not in ALONE and importlib.util.find_spec("xdist"):
+        command += ["-n", str(PROCESSES)]
+        environment["OMP_NUM_THREADS"] = "2"
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={xml}"]
-        command += ["-o", f"faulthandler_timeout={SLOW_TEST}"]
-        step = execute(command, limit)
+        step = execute([*command, f"--junitxml={xml}"], limit, environment)
         if xml.exists():
-            step |= without_paths(counts(xml.read_text(encoding="utf-8")))
+            step["tests"] = without_paths(counts(xml.read_text(encoding="utf-8")))
     if step.get("returncode") == NO_TESTS:
         step["status"] = "absent"
     return step
 
 
 def counts(junit: str) -> dict[str, Any]:
-    """What a JUnit file tells: how many tests passed, failed and were skipped, and which failed."""
+    """What a JUnit file tells: how many tests passed, failed and were skipped, which failed and
+    how."""
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failing": []}
     for test in ElementTree.fromstring(junit).iter("testcase"):
-        if test.find("failure") is not None or test.find("error") is not None:
+        problems = [*test.iter("failure"), *test.iter("error")]
+        if problems:
             found["failed"] += 1
-            found["failing"].append(f"{test.get('classname')}::{test.get('name')}")
+            message = (problems[0].get("message") or "")[:MESSAGE]
+            found["failing"].append(f"{test.get('classname')}::{test.get('name')}: {message}")
         elif test.find("skipped") is not None:
             found["skipped"] += 1
         else:
@@ -110,12 +152,14 @@ def execute(
 ) -> dict[str, Any]:
     """Run a program in the checkout; when it must be ended, so are the programs it started.
 
+    It is asked to end first, as by Ctrl-C, and killed if it does not.
+
     Parameters
     ----------
     command : list of str
         The program and its arguments.
     limit : float
-        Seconds until it is killed.
+        Seconds until it is ended.
     environment : dict, optional
         In place of this process's.
     tail : int or None
@@ -144,7 +188,11 @@ def execute(
                 code = process.wait(max(limit, 0))
                 step = {"status": "failed" if code else "passed", "returncode": code}
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         except OSError as error:
             step = {"status": "failed", "error": without_paths(str(error))}

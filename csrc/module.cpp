@@ -2,6 +2,7 @@
 //
 // fastrnn._C: loading it registers the operators; its functions say how it was built and what it
 // would do here.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

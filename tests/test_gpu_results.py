@@ -191,9 +191,16 @@ def test_backward_of_relu_is_the_references_at_the_same_states(case, precision):
 @pytest.mark.parametrize("H", [64, 320, 512])
 def test_the_newer_setting_may_forbid_tf32_too(H):
     case = Case(9, 16, 33, H, hx=True)
-    with tf32_allowed(True):  # which also undoes the newer setting in the end
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"
-        ours = testing.run(on_device(case.module(fastrnn.RNN, torch.float32)), case, torch.float32)
+    newer = torch.backends.cudnn.rnn
+    with tf32_allowed(True):
+        before = newer.fp32_precision
+        newer.fp32_precision = "ieee"
+        try:
+            ours = testing.run(
+                on_device(case.module(fastrnn.RNN, torch.float32)), case, torch.float32
+            )
+        finally:
+            newer.fp32_precision = before  # else the older setting cannot even be read
     for name, right in exact(case, torch.float32).items():
         assert testing.relative_error(ours[name].cpu(), right) < 4e-6, name
 

@@ -20,7 +20,6 @@ import gpu_table  # noqa: E402
 
 TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
 PASSED = {"status": "passed", "returncode": 0, "seconds": 1.0, "output": ""}
-FAILED = {"status": "failed", "returncode": 1, "seconds": 2.0, "output": "error: made up"}
 JUNIT = """<testsuites><testsuite tests="5">
 <testcase classname="tests.test_a" name="test_good"/>
 <testcase classname="tests.test_a" name="test_better"><system-out>x</system-out></testcase>
@@ -28,7 +27,8 @@ JUNIT = """<testsuites><testsuite tests="5">
 <testcase classname="tests.test_b" name="test_broken"><error message="no">x</error></testcase>
 <testcase classname="tests.test_b" name="test_later"><skipped message="why"/></testcase>
 </testsuite></testsuites>"""
-SUITE = """import pytest
+SUITE = """import time
+import pytest
 
 @pytest.mark.gpu
 def test_good():
@@ -44,6 +44,11 @@ def test_later():
 
 def test_of_the_cpu():
     raise AssertionError
+"""
+LONG_TEST = """
+@pytest.mark.gpu
+def test_long():
+    time.sleep(60)
 """
 # Compiles a CUDA source into a shell script; knows one architecture only.
 NVCC = """#!/bin/sh
@@ -61,25 +66,15 @@ chmod +x "$2"
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout with a suite of its own."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_gpu.py").write_text(SUITE, encoding="utf-8")
+    """A checkout with a suite of its own: the path of one of its files."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n", encoding="utf-8")
+    path = tmp_path / "tests" / "test_gpu_first.py"
+    path.parent.mkdir()
+    path.write_text(SUITE, encoding="utf-8")
+    path.with_name("test_gpu_second.py").write_text("def test_of_the_cpu(): assert False\n")
     monkeypatch.setattr(gpu_steps, "ROOT", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def executed(monkeypatch):
-    """What would have been executed, and the results to come."""
-    commands, results = [], []
-
-    def execute(command, limit, environment=None):
-        commands.append((command, limit, environment))
-        return results.pop(0)
-
-    monkeypatch.setattr(gpu_steps, "execute", execute)
-    return commands, results
+    monkeypatch.setattr(gpu_steps, "SUITE", ("first", "second"))
+    return path
 
 
 @pytest.fixture
@@ -157,20 +152,33 @@ def test_a_program_at_its_limit_is_ended_with_those_it_started(tmp_path):
     assert not (tmp_path / "alive").exists()
 
 
-def test_the_build_is_with_cuda_and_falls_back_to_setup_py(executed):
-    commands, results = executed
-    results += [FAILED, PASSED]
-    found = gpu_steps.build(100.0)
-    assert (found["by"], found["status"]) == ("setup.py", "passed")
-    assert found["pip_output"] == "error: made up"
-    assert [limit for _, limit, _ in commands] == [100.0, 98.0]
-    assert all(environment["FASTRNN_CUDA"] == "1" for *_, environment in commands)
-    (pip, setup) = (command[1:] for command, *_ in commands)
-    assert pip[:3] == ["-m", "pip", "install"] and {"--no-build-isolation", "--no-deps"} < {*pip}
-    assert setup == ["setup.py", "build_ext", "--inplace"]
-    results += [PASSED]
-    assert gpu_steps.build(100.0)["by"] == "pip"
-    assert len(commands) == 3
+def test_the_build_is_with_cuda_and_tells_of_errors_however_much_is_printed(checkout, monkeypatch):
+    setup = checkout.parents[1] / "setup.py"
+    setup.write_text(
+        "import os, sys\n"
+        "assert sys.argv[1:] == ['build_ext', '--inplace'] and os.environ['FASTRNN_CUDA'] == '1'\n"
+        "print('a.cu(7): error: made up')\n"
+        "print('x' * 20_000)\n"
+        "sys.exit(os.environ['RESULT'] == 'bad')\n"
+    )
+    monkeypatch.setenv("RESULT", "bad")
+    found = gpu_steps.build(60.0)
+    assert (found["status"], found["errors"]) == ("failed", ["a.cu(7): error: made up"])
+    assert len(found["output"]) == gpu_steps.TAIL
+    monkeypatch.setenv("RESULT", "good")
+    found = gpu_steps.build(60.0)
+    assert found["status"] == "passed" and "errors" not in found
+
+
+def test_the_toolkit_is_the_usual_one_unless_another_is_named(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: str(path).startswith("/usr/local/cuda/"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert gpu_steps.toolkit() == {"CUDA_HOME": "/usr/local/cuda"}
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    assert gpu_steps.toolkit() == {}
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert gpu_steps.toolkit() == {}
 
 
 def test_junit_is_counted_and_failures_are_named():
@@ -178,18 +186,38 @@ def test_junit_is_counted_and_failures_are_named():
         "passed": 2,
         "failed": 2,
         "skipped": 1,
-        "failing": ["tests.test_a::test_bad[1]", "tests.test_b::test_broken"],
+        "failing": ["tests.test_a::test_bad[1]: no", "tests.test_b::test_broken: no"],
     }
 
 
 def test_the_suite_runs_the_tests_marked_gpu_and_all_of_them(checkout):
     found = gpu_steps.suite(120.0)
-    assert found["status"] == "failed" and "assert (1 + 1) == 3" in found["output"]
+    assert found["status"] == "failed"
     assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 1, 1]
-    assert found["failing"] == ["tests.test_gpu::test_bad"]
-    text = (checkout / "tests" / "test_gpu.py").read_text(encoding="utf-8")
-    (checkout / "tests" / "test_gpu.py").write_text(text.replace("gpu", "skipif(False, reason='')"))
+    (failure,) = found["failing"]
+    assert failure.startswith("tests.test_gpu_first::test_bad: ") and "(1 + 1) == 3" in failure
+    assert {name: file["status"] for name, file in found["files"].items()} == {
+        "first": "failed",
+        "second": "absent",
+    }
+    checkout.write_text(SUITE.replace("gpu", "skipif(False, reason='')"), encoding="utf-8")
     assert gpu_steps.suite(120.0)["status"] == "absent"
+
+
+def test_a_suite_without_time_for_all_keeps_what_it_found(checkout):
+    checkout.write_text(SUITE.replace("3", "2") + LONG_TEST, encoding="utf-8")
+    found = gpu_steps.suite(10.0)
+    assert found["status"] == "timed out"
+    # Two, and the one that was under way.
+    assert [found[key] for key in ("passed", "failed", "skipped")] == [3, 0, 1]
+    assert found["files"]["second"] == {"status": "timed out", "seconds": 0.0}
+
+
+def test_the_suite_is_every_file_with_tests_for_a_gpu():
+    files = Path(__file__).parent.glob("test_*.py")
+    marked = {path.stem for path in files if "\npytestmark = needs_gpu" in path.read_text("utf-8")}
+    assert marked == {f"test_gpu_{name}" for name in gpu_steps.SUITE}
+    assert {*gpu_steps.ALONE} < {*gpu_steps.SUITE}
 
 
 @pytest.mark.parametrize(
@@ -272,12 +300,13 @@ def test_the_table_tells_the_machine_the_steps_and_what_is_missing(tmp_path, cap
 def test_a_failed_build_is_kept_and_only_the_microbenchmarks_go_on(
     in_process, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(gpu_steps, "build", lambda limit: FAILED)
+    failed = {"status": "failed", "returncode": 1, "seconds": 2.0, "output": "error: made up"}
+    monkeypatch.setattr(gpu_steps, "build", lambda limit: failed)
     monkeypatch.setattr(gpu_steps, "suite", lambda limit: pytest.fail("nothing to test"))
     monkeypatch.setattr(gpu_steps, "micro", lambda limit: PASSED)
     status, report = run_main(tmp_path)
     assert status == 1
-    assert report["steps"]["build"] == FAILED
+    assert report["steps"]["build"] == failed
     assert report["steps"]["suite"] == {"status": "skipped"}
     assert report["steps"]["micro"] == PASSED
     assert (report["cases"], report["not_measured"]) == ([], [f"{TINY.name} (eager)"])
