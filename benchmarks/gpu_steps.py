@@ -49,9 +49,11 @@ def build(limit: float) -> dict[str, Any]:
     environment = {**os.environ, "FASTRNN_CUDA": "1", **toolkit()}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     step = execute(command, limit, environment, tail=None)
-    lines = [line for line in step["output"].splitlines() if re.search(r"\berror\b", line, re.I)]
     if step["status"] != "passed":
-        step["errors"] = lines[:ERROR_LINES]
+        lines = step["output"].splitlines()
+        step["errors"] = [line for line in lines if re.search(r"\berror\b", line, re.I)][
+            :ERROR_LINES
+        ]
     return step | {"output": step["output"][-TAIL:]}
 
 

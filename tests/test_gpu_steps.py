@@ -194,6 +194,7 @@ def test_the_suite_runs_the_tests_marked_gpu_and_all_of_them(checkout):
     found = gpu_steps.suite(120.0)
     assert found["status"] == "failed"
     assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert "assert (1 + 1) == 3" in found["files"]["first"]["output"]
     (failure,) = found["failing"]
     assert failure.startswith("tests.test_gpu_first::test_bad: ") and "(1 + 1) == 3" in failure
     assert {name: file["status"] for name, file in found["files"].items()} == {

@@ -16,10 +16,9 @@ GRID = [*testing.grid(), testing.Case(300, 1, 40, 100, hx=True)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # ATen's product in each step is for the kernels for any processor (test_capabilities.py runs this
 # test with them) and for AMX; products over many rows are by all other kernels.
-IS_BASELINE = _C.cpu_capability() == "default"
 ONE_WAY = (
     ["own_products", "multiplies_first"]
-    if IS_BASELINE
+    if _C.cpu_capability() == "default"
     else ["step_products", "backward_step_products"]
 )
 
