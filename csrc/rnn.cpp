@@ -134,12 +134,18 @@ void check_weight_count(int64_t count, const RnnOptions& options) {
 /// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
 bool has_values(const Tensor& t) { return !t.is_meta() && !t.key_set().has_any(c10::python_ks); }
 
-void check_batch_sizes(const Tensor& batch_sizes, const Tensor& input) {
+void check_is_batch_sizes(const Tensor& batch_sizes) {
+  TORCH_CHECK_INDEX(batch_sizes.sym_numel() > 0,
+                    "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
+  if (!has_values(batch_sizes)) return;
   TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
               c10::toString(batch_sizes.scalar_type()),
               ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
   TORCH_CHECK(batch_sizes.dim() == 1 && batch_sizes.is_cpu(),
               "batch_sizes must be a 1-D CPU tensor, as pack_padded_sequence makes it");
+}
+
+void check_rows(const Tensor& batch_sizes, const Tensor& input) {
   const Tensor sizes = batch_sizes.contiguous();
   const int64_t* n = sizes.const_data_ptr<int64_t>();
   const int64_t steps = sizes.numel();
@@ -184,8 +190,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
 
   const bool known_sizes = packed && has_values(*batch_sizes);
   if (packed) {
-    TORCH_CHECK_INDEX(batch_sizes->sym_numel() > 0,
-                      "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
+    check_is_batch_sizes(*batch_sizes);
   } else {
     TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3,
                       "RNN: Expected input to be 2D or 3D, got ", input.dim(),
@@ -211,7 +216,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   TORCH_CHECK(input.sym_size(-1) == w_ih.sym_size(1),
               "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
               input.sym_size(-1), ". The last dimension of input holds the features.");
-  if (known_sizes) check_batch_sizes(*batch_sizes, input);
+  if (known_sizes) check_rows(*batch_sizes, input);
   if (hx.has_value()) {
     TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
                 options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,

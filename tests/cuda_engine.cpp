@@ -54,7 +54,14 @@ class Guarded {
   Guarded() : before_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(&allocator(), 255); }
   ~Guarded() { c10::SetCPUAllocator(before_, 255); }
 
-  Tensor copy(const Tensor& t) const { return t.defined() ? t.clone() : t; }
+  /// With the strides of `t`: those of an expanded or sliced tensor clone() does not keep.
+  Tensor copy(const Tensor& t) const {
+    if (!t.defined() || t.numel() == 0) return t;
+    int64_t extent = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) extent += (t.size(i) - 1) * t.stride(i);
+    const Tensor memory = t.as_strided({extent}, {1}).clone();
+    return memory.as_strided(t.sizes(), t.strides(), 0);
+  }
   OptionalTensor copy(const OptionalTensor& t) const {
     return t.has_value() ? OptionalTensor(copy(*t)) : t;
   }

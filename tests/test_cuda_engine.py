@@ -137,6 +137,30 @@ def test_nan_and_infinity_travel_as_in_nn_rnn(engine, case, dtype):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("tier", ["0", "1"])
+@pytest.mark.parametrize("I", [2, 5])
+@pytest.mark.parametrize("shape", ["expanded", "sliced"])
+def test_tensors_are_read_as_they_lie(engine, monkeypatch, shape, I, tier):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
+    results = []
+    for cls in (fastrnn.RNN, torch.nn.RNN):
+        torch.manual_seed(0)
+        module = cls(I, 20, dtype=torch.float64)
+        if shape == "expanded":
+            x = torch.randn(I, dtype=torch.float64).expand(4, 3, I)
+        else:
+            x = torch.randn(4, 3, 2 * I, dtype=torch.float64)[..., ::2]
+        hx = torch.randn(1, 1, 20, dtype=torch.float64).expand(1, 3, 20).requires_grad_()
+        output, _ = module(x.requires_grad_(), hx)
+        gradient = torch.randn(20, 4, 3, dtype=torch.float64).permute(1, 2, 0)
+        if shape == "expanded":
+            gradient = torch.ones([], dtype=torch.float64).expand(4, 3, 20)
+        results.append(
+            [output, *torch.autograd.grad(output, [x, hx, *module.parameters()], gradient)]
+        )
+    torch.testing.assert_close(*results)
+
+
 def test_the_engine_is_what_ran(engine):
     case = testing.Case(3, 2, 3, 20)
     testing.run(case.module(fastrnn.RNN, torch.float32), case, torch.float32)

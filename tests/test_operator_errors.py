@@ -83,6 +83,13 @@ def test_rnn_backward_refuses(changes):
         torch.ops.fastrnn.rnn_backward(**backward_arguments(**changes))
 
 
+@pytest.mark.parametrize("sizes", [torch.tensor([[2, 2]]), torch.tensor(2)], ids=["2-D", "0-D"])
+def test_batch_sizes_are_one_row_of_numbers(sizes):
+    call = forward_arguments(input=torch.randn(4, I), batch_sizes=sizes)
+    with pytest.raises(RuntimeError, match="batch_sizes must be a 1-D CPU tensor"):
+        torch.ops.fastrnn.rnn_forward(**call)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -40,19 +40,4 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stre
 #endif
 }
 
-/// Calls f(tag) with a value of the C++ type that `type` names.
-template <typename F>
-auto with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::kDouble:
-      return f(double{});
-    case Type::kHalf:
-      return f(Half{});
-    case Type::kBFloat16:
-      return f(BFloat16{});
-    default:
-      return f(float{});
-  }
-}
-
 }  // namespace fastrnn::cuda

@@ -132,6 +132,7 @@ class DirectionBackward {
     a.begin = range.begin;
     a.end = range.end;
     a.T = layout_.T;
+    a.B = layout_.B;
     a.H = H_;
     a.first_row = first_row_.const_data_ptr<int64_t>();
     a.descending = reverse();

@@ -7,6 +7,15 @@
 
 namespace fastrnn::cuda {
 
+namespace {
+
+/// cuBLAS refuses float sums of float16 where the process allows float16 sums.
+bool refuses_float_sums(at::ScalarType type) {
+  return type == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+}
+
+}  // namespace
+
 Tensor float_product(const Tensor& a, const Tensor& b) {
   Tensor product =
       at::empty({a.size(0), b.size(1)}, a.options().dtype(compute_type(a.scalar_type())));
@@ -15,12 +24,9 @@ Tensor float_product(const Tensor& a, const Tensor& b) {
 }
 
 void float_product_out(Tensor& product, const Tensor& a, const Tensor& b) {
-  // Float sums of float16 are refused where the process allows float16 sums.
-  const bool refused =
-      a.scalar_type() == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
   if (a.scalar_type() == product.scalar_type())
     at::mm_out(product, a, b);
-  else if (a.is_cuda() && !refused)
+  else if (a.is_cuda() && !refuses_float_sums(a.scalar_type()))
     at::mm_out(product, a, b, at::kFloat);
   else
     at::mm_out(product, a.to(at::kFloat), b.to(at::kFloat));
@@ -50,6 +56,8 @@ class StepWalk {
         addend_(sequence_of(layout, d.addend, range.begin)),
         y_(sequence_of(layout, d.y, range.begin)),
         out_(sequence_of(layout, d.out, range.begin)) {
+    // Else each step would convert it.
+    if (refuses_float_sums(weight_.scalar_type())) weight_ = weight_.to(at::kFloat);
     args_.type = type_of(d.out);
     args_.activation = activation;
     args_.backward = backward;
@@ -137,7 +145,7 @@ class StepWalk {
   const Layout& layout_;
   const Range range_;
   const DirectionTensors& d_;
-  const Tensor weight_;  // s times it is the product
+  Tensor weight_;  // s times it is the product
   const Sequence addend_, y_, out_;
   Tensor output_, previous_output_;  // of this step and of the one walked before, [rows, H]
   Tensor product_;                   // [B, H]

@@ -12,6 +12,10 @@
 
 namespace fastrnn::cuda {
 
+/// a b, with sums in float; the result is float, or double for double.
+Tensor float_product(const Tensor& a, const Tensor& b);
+void float_product_out(Tensor& product, const Tensor& a, const Tensor& b);
+
 inline void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "fastrnn: CUDA error: ", error);
 }

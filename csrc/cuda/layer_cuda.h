@@ -2,7 +2,8 @@
 //
 // One layer on a GPU, all its directions; the contract is that of Engine. Everything is enqueued on
 // the current stream and nothing waits for it. Includes no CUDA header: what depends on CUDA's
-// libraries is in rnn_cuda.cpp, so that tests run the rest on the emulator of tests/cuda_host.
+// libraries is in rnn_cuda.cpp and launch.cuh, so that tests run the rest on the emulator of
+// tests/cuda_host.
 #pragma once
 
 #include "../layer.h"
@@ -22,9 +23,5 @@ bool runs_on(int device);
 /// Of the current device.
 Stream current_stream();
 Gpu current_gpu();
-
-/// a b, with sums in float; the result is float, or double for double.
-Tensor float_product(const Tensor& a, const Tensor& b);
-void float_product_out(Tensor& product, const Tensor& a, const Tensor& b);
 
 }  // namespace fastrnn::cuda

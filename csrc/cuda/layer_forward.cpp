@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include "layer_common.h"

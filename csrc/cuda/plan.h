@@ -20,7 +20,7 @@ struct Gpu {
   int major = 0;  // of the compute capability
   int multiprocessors = 0;
   int64_t shared_bytes = 0;  // that a block can have
-  // So much workspace is small change.
+  // For so much workspace no layer is cut into chunks.
   int64_t small_bytes = 8 << 20;
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What surrounds the products of tier 0, one thread for each number: any type, any size.
+#include <algorithm>
 #include <type_traits>
 
 #include "activation.cuh"
@@ -16,6 +17,21 @@ constexpr int64_t kMaxBlocks = 4096;  // then each thread does several numbers
 unsigned blocks_for(int64_t numbers) {
   const int64_t blocks = (numbers + kThreads - 1) / kThreads;
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
+/// Calls f(tag) with a value of the C++ type that `type` names.
+template <typename F>
+auto with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::kDouble:
+      return f(double{});
+    case Type::kHalf:
+      return f(Half{});
+    case Type::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
+  }
 }
 
 /// The type that T is computed in.
@@ -46,16 +62,19 @@ __global__ void step_kernel(const __grid_constant__ StepArgs a) {
   }
 }
 
+/// blockIdx.x is the step, blockIdx.y the part of its numbers.
 template <typename T>
 __global__ void previous_kernel(const __grid_constant__ PreviousArgs a) {
   const T* const y = static_cast<const T*>(a.y);
   const T* const hx = static_cast<const T*>(a.hx);
   T* const out = static_cast<T*>(a.out);
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
   for (int64_t t = a.begin + blockIdx.x; t < a.end; t += gridDim.x) {
     const int64_t from = a.descending ? t + 1 : t - 1;
     const int64_t first = a.first_row[t], rows = a.first_row[t + 1] - first;
     const int64_t before = from < 0 || from >= a.T ? 0 : a.first_row[from + 1] - a.first_row[from];
-    for (int64_t i = threadIdx.x; i < rows * a.H; i += kThreads) {
+    for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < rows * a.H;
+         i += stride) {
       const int64_t row = i / a.H, unit = i % a.H;
       T value{};
       if (row < before)
@@ -93,7 +112,9 @@ const char* step_epilogue(const StepArgs& args, Stream stream) {
 
 const char* gather_previous(const PreviousArgs& args, Stream stream) {
   LaunchShape shape;
-  shape.blocks_x = blocks_for((args.end - args.begin) * kThreads);  // one for each step
+  shape.blocks_x = blocks_for((args.end - args.begin) * kThreads);  // one for each step ...
+  const unsigned parts = static_cast<unsigned>(kMaxBlocks) / shape.blocks_x;
+  shape.blocks_y = std::min(parts, blocks_for(args.B * args.H));  // ... and part of it
   shape.threads = kThreads;
   return with_type(args.type, [&](auto zero) {
     return launch(previous_kernel<decltype(zero)>, shape, stream, args);

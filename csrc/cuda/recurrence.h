@@ -98,7 +98,7 @@ const char* step_epilogue(const StepArgs& args, Stream stream);
 /// step in the direction, or hx [B, H] (null: zeros).
 struct PreviousArgs {
   Type type = Type::kFloat;
-  int64_t begin = 0, end = 0, T = 0, H = 0;
+  int64_t begin = 0, end = 0, T = 0, B = 0, H = 0;
   const int64_t* first_row = nullptr;
   bool descending = false;
   const void* y = nullptr;
