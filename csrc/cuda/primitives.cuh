@@ -169,7 +169,7 @@ inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   } mine, all[32];
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
-  cuda_host::warp_gather(mine, all, cuda_host::kAllLanes, "mma");
+  cuda_host::warp_gather(mine, all, "mma");
   const auto half_of = [](uint32_t pair, int k) {
     return to_float(T{static_cast<uint16_t>(k % 2 ? pair >> 16 : pair)});
   };

@@ -114,9 +114,8 @@ class Library:
         """How many kernels have been launched."""
         return self._functions.fastrnn_host_launches()
 
-    def allocate(self, size, name, alignment=1):
-        arguments = [ctypes.c_size_t(size), name.encode(), ctypes.c_size_t(alignment)]
-        address = self._functions.fastrnn_host_allocate(*arguments)
+    def allocate(self, size, name):
+        address = self._functions.fastrnn_host_allocate(ctypes.c_size_t(size), name.encode())
         if address is None:
             raise self._error()
         return address
@@ -131,20 +130,20 @@ class Library:
 class DeviceBuffer:
     """A guarded copy of a tensor in a library's device memory; an argument of Library.call."""
 
-    def __init__(self, library, tensor, name, alignment=1):
+    def __init__(self, library, tensor, name):
         self._like = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         size = tensor.numel() * tensor.element_size()
-        self.address = library.allocate(size, name, alignment)
+        self.address = library.allocate(size, name)
         self._finalizer = weakref.finalize(self, library.release, self.address)
         self._as_parameter_ = ctypes.c_void_p(self.address)
         self.copy_from(tensor)
 
     @classmethod
-    def unwritten(cls, library, shape, dtype, name, alignment=1):
+    def unwritten(cls, library, shape, dtype, name):
         """A buffer of which every byte is 0xFF: NaN in every float type, -1 in integers."""
         size = torch.Size(shape).numel() * dtype.itemsize
         poison = torch.full([size], 0xFF, dtype=torch.uint8)
-        return cls(library, poison.view(dtype).reshape(shape), name, alignment)
+        return cls(library, poison.view(dtype).reshape(shape), name)
 
     def copy_from(self, tensor):
         assert tensor.shape == self._like.shape and tensor.dtype == self._like.dtype

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Guarded buffers, asynchronous copies and mbarriers of the host for CUDA kernels, and the C
-// functions for ctypes. Nothing here switches threads.
+// Guarded buffers of the host for CUDA kernels, and the C functions for ctypes.
 #include "memory.h"
 
 #include <sys/mman.h>
@@ -12,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "cuda_host.h"
 
@@ -46,12 +46,12 @@ GuardedPages::GuardedPages(size_t bytes) {
   const size_t inside = (bytes + page - 1) / page * page;
   void* map = mmap(nullptr, inside + 2 * page, PROT_NONE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (map == MAP_FAILED) throw std::runtime_error("mmap failed: too much memory, or threads");
+  if (map == MAP_FAILED) throw std::runtime_error("mmap failed: too much memory");
   begin_ = static_cast<char*>(map) + page;
   end_ = begin_ + inside;
   if (inside != 0 && mprotect(begin_, inside, PROT_READ | PROT_WRITE) != 0) {
     munmap(map, inside + 2 * page);
-    throw std::runtime_error("mprotect failed: too many concurrent threads or buffers");
+    throw std::runtime_error("mprotect failed: too many buffers");
   }
 }
 
@@ -62,12 +62,6 @@ GuardedPages::~GuardedPages() {
 bool GuardedPages::owns(const void* address) const {
   const char* byte = static_cast<const char*>(address);
   return byte >= begin_ - page_bytes() && byte < end_ + page_bytes();
-}
-
-void GuardedPages::set_accessible(bool accessible) {
-  if (begin_ == end_) return;
-  mprotect(begin_, static_cast<size_t>(end_ - begin_),
-           accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
 GuardedBuffer::GuardedBuffer(size_t bytes, size_t alignment, std::string name)
@@ -83,18 +77,8 @@ GuardedBuffer::~GuardedBuffer() {
   all.erase(std::remove(all.begin(), all.end(), this), all.end());
 }
 
-bool GuardedBuffer::contains(const void* address, size_t bytes) const {
-  const char* byte = static_cast<const char*>(address);
-  return byte >= data_ && byte + bytes <= data_ + bytes_;
-}
-
 void GuardedBuffer::poison() {
   std::memset(pages_.begin(), kPoison, static_cast<size_t>(pages_.end() - pages_.begin()));
-}
-
-void GuardedBuffer::set_open(bool open) {
-  if (open != open_) pages_.set_accessible(open);
-  open_ = open;
 }
 
 std::string GuardedBuffer::repair() {
@@ -120,8 +104,7 @@ std::string GuardedBuffer::describe(const void* address) {
     if (byte < buffer->data_)
       return std::to_string(buffer->data_ - byte) + " bytes before the start " + name;
     if (byte >= end) return std::to_string(byte - end) + " bytes past the end " + name;
-    const std::string exited = buffer->open_ ? "" : ", whose block has exited";
-    return "at byte " + std::to_string(byte - buffer->data_) + " " + name + exited;
+    return "at byte " + std::to_string(byte - buffer->data_) + " " + name;
   }
   char text[64];
   snprintf(text, sizeof(text), "at address %p, near no buffer", address);
@@ -131,15 +114,14 @@ std::string GuardedBuffer::describe(const void* address) {
 std::string GuardedBuffer::repair_all() {
   std::string report;
   for (GuardedBuffer* buffer : all_buffers()) {
-    if (!buffer->open_) continue;
     const std::string damage = buffer->repair();
     if (!damage.empty()) report += (report.empty() ? "" : "; ") + damage;
   }
   return report;
 }
 
-void* allocate(size_t bytes, const char* name, size_t alignment) {
-  auto buffer = std::make_unique<GuardedBuffer>(bytes, std::max<size_t>(alignment, 1), name);
+void* allocate(size_t bytes, const char* name) {
+  auto buffer = std::make_unique<GuardedBuffer>(bytes, 1, name);
   void* data = buffer->data();
   device_buffers()[data] = std::move(buffer);
   return data;
@@ -151,123 +133,15 @@ void release(void* data) {
   }
 }
 
-void AsyncCopies::issue(void* dst, const void* src, size_t bytes, size_t src_bytes) {
-  if (bytes != 4 && bytes != 8 && bytes != 16) fail("cp_async copies 4, 8 or 16 bytes");
-  if (src_bytes > bytes) fail("cp_async with more source bytes than bytes");
-  if (reinterpret_cast<uintptr_t>(dst) % bytes != 0) fail("cp_async to a misaligned address");
-  if (src_bytes != 0 && reinterpret_cast<uintptr_t>(src) % bytes != 0) {
-    fail("cp_async from a misaligned address");
-  }
-  Copy copy{dst, src, bytes, src_bytes, groups_, {}};
-  std::memcpy(copy.data, src, src_bytes);
-  std::memset(dst, kPoison, bytes);
-  pending_.push_back(copy);
-}
-
-void AsyncCopies::finish(const Copy& copy) {
-  if (std::memcmp(copy.data, copy.src, copy.src_bytes) != 0) {
-    fail("the source of a cp_async changed before the wait for it");
-  }
-  std::memcpy(copy.dst, copy.data, copy.bytes);
-}
-
-void AsyncCopies::wait(unsigned newest) {
-  auto copy = pending_.begin();
-  for (; copy != pending_.end() && copy->group + newest < groups_; ++copy) finish(*copy);
-  pending_.erase(pending_.begin(), copy);
-}
-
-void AsyncCopies::wait_all() {
-  for (const Copy& copy : pending_) finish(copy);
-  pending_.clear();
-}
-
-void AsyncCopies::clear() {
-  pending_.clear();
-  groups_ = 0;
-}
-
-namespace {
-
-/// The 8 bytes of an mbarrier. `tag` tells an initialised one from poison and from zeros.
-struct Mbarrier {
-  uint64_t pending : 20, count : 20, phase : 1, tag : 2;
-  int64_t tx : 21;
-};
-static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
-constexpr uint64_t kInitialised = 2;
-constexpr int64_t kMostTx = (1 << 20) - 1;
-
-/// Reads the mbarrier, lets `change` modify it, ends the phase if that is due, and stores it.
-template <class Change>
-void update(uint64_t* bar, Change change) {
-  Mbarrier value;
-  std::memcpy(&value, bar, sizeof(value));
-  if (value.tag != kInitialised) fail("use of an mbarrier that is not initialised");
-  change(value);
-  if (value.pending == 0 && value.tx == 0) {
-    value.phase ^= 1;
-    value.pending = value.count;
-  }
-  std::memcpy(bar, &value, sizeof(value));
-  made_progress();
-}
-
-void add_tx(Mbarrier& value, int64_t bytes) {
-  const int64_t tx = value.tx + bytes;
-  if (tx > kMostTx || tx < -kMostTx) fail("an mbarrier's count of bytes overflows");
-  value.tx = tx;
-}
-
-void count_arrival(Mbarrier& value) {
-  if (value.pending == 0) fail("more arrivals at an mbarrier than its count");
-  value.pending -= 1;
-}
-
-}  // namespace
-
-void mbarrier_init(uint64_t* bar, unsigned count) {
-  if (count == 0 || count > kMostTx) fail("mbarrier_init with a count out of range");
-  if (reinterpret_cast<uintptr_t>(bar) % sizeof(uint64_t) != 0) fail("a misaligned mbarrier");
-  Mbarrier value{};
-  value.pending = value.count = count;
-  value.tag = kInitialised;
-  std::memcpy(bar, &value, sizeof(value));
-}
-
-void mbarrier_arrive(uint64_t* bar) { update(bar, count_arrival); }
-
-void mbarrier_expect_tx(uint64_t* bar, unsigned bytes) {
-  update(bar, [=](Mbarrier& value) { add_tx(value, bytes); });
-}
-
-void mbarrier_arrive_expect_tx(uint64_t* bar, unsigned bytes) {
-  update(bar, [=](Mbarrier& value) {
-    add_tx(value, bytes);
-    count_arrival(value);
-  });
-}
-
-void mbarrier_complete_tx(uint64_t* bar, unsigned bytes) {
-  update(bar, [=](Mbarrier& value) { add_tx(value, -static_cast<int64_t>(bytes)); });
-}
-
-bool mbarrier_try_wait(uint64_t* bar, unsigned parity) {
-  Mbarrier value;
-  std::memcpy(&value, bar, sizeof(value));
-  if (value.tag != kInitialised) fail("wait at an mbarrier that is not initialised");
-  return value.phase != (parity & 1);
-}
-
 void set_last_error(const char* message) { last_error = message; }
 
 }  // namespace cuda_host
 
 extern "C" {
 
-void* fastrnn_host_allocate(size_t bytes, const char* name, size_t alignment) {
+void* fastrnn_host_allocate(size_t bytes, const char* name) {
   void* data = nullptr;
-  cuda_host::guarded([&] { data = cuda_host::allocate(bytes, name, alignment); });
+  cuda_host::guarded([&] { data = cuda_host::allocate(bytes, name); });
   return data;
 }
 
