@@ -38,11 +38,11 @@ spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py"
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 
-# As in a build, but with the older standard, to which the sources keep.
+# As in a build.
 NVCC_FLAGS = [
     *cpp_extension.COMMON_NVCC_FLAGS,
-    *(flag for flag in setup.nvcc_flags(debug=False) if not flag.startswith("-std=")),
-    *["-std=c++17", "-Werror", "all-warnings", "-Xcompiler=-Werror", "-Xptxas", "-v"],
+    *setup.nvcc_flags(debug=False),
+    *["-Werror", "all-warnings", "-Xcompiler=-Werror", "-Xptxas", "-v"],
 ]
 
 

@@ -26,7 +26,7 @@ COMPILER = "g++"
 # No unique symbols: they would be shared by all libraries of the process. Kernels reinterpret
 # shared memory, which nvcc allows.
 FLAGS = [
-    *["-std=c++17", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing"],
+    *["-std=c++20", "-O2", "-g", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing"],
     *["-Wall", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{ROOT / 'csrc'}"],
 ]
 # Each bug that depends on the order of threads shows in at least one of these.
@@ -79,7 +79,7 @@ def torch_flags():
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     libraries = Path(torch.__file__).parent / "lib"
     return (
-        ("-std=c++20", abi, *(f"-isystem{path}" for path in includes)),
+        (abi, *(f"-isystem{path}" for path in includes)),
         (f"-L{libraries}", "-ltorch_cpu", "-lc10"),
     )
 
