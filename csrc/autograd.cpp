@@ -53,13 +53,14 @@ struct Saved {
                        const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                        const OptionalTensor& batch_sizes, at::TensorList layer_outputs) {
     variable_list tensors;
-    tensors.reserve(3 + weights.size() + layer_outputs.size());
+    tensors.reserve(2 + weights.size() + layer_outputs.size());
     tensors.push_back(input);
     tensors.push_back(hx.value_or(Tensor()));
     tensors.insert(tensors.end(), weights.begin(), weights.end());
-    tensors.push_back(batch_sizes.value_or(Tensor()));
     tensors.insert(tensors.end(), layer_outputs.begin(), layer_outputs.end());
     ctx->save_for_backward(std::move(tensors));
+    // Not among the tensors: hooks that store these in another way expect what has a gradient.
+    ctx->saved_data["batch_sizes"] = batch_sizes;
     ctx->saved_data["options"] =
         std::vector<int64_t>{options.nonlinearity == "relu", options.bias, options.num_layers,
                              options.bidirectional, batch_first};
@@ -69,12 +70,12 @@ struct Saved {
     const std::vector<int64_t> saved = ctx->saved_data.at("options").toIntVector();
     options = {saved[0] ? "relu" : "tanh", saved[1] != 0, saved[2], saved[3] != 0};
     batch_first = saved[4] != 0;
+    batch_sizes = ctx->saved_data.at("batch_sizes").toOptional<Tensor>();
     variable_list all = ctx->get_saved_variables();
     const size_t count = 2 + options.num_layers * options.directions() * options.weights_per_cell();
     const auto from = std::make_move_iterator(all.begin());
     participants.assign(from, from + count);
-    batch_sizes = optional(all[count]);
-    layer_outputs.assign(from + count + 1, std::make_move_iterator(all.end()));
+    layer_outputs.assign(from + count, std::make_move_iterator(all.end()));
   }
 
   bool packed() const { return batch_sizes.has_value(); }
@@ -257,25 +258,7 @@ void check_no_tangent(const Tensor& input, const OptionalTensor& hx, at::TensorL
               "fastrnn.functional.rnn, which take PyTorch's own path for it.");
 }
 
-std::tuple<Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTensor& hx,
-                                        at::TensorList weights, const OptionalTensor& batch_sizes,
-                                        std::string_view nonlinearity, bool bias,
-                                        int64_t num_layers, bool bidirectional, bool batch_first) {
-  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
-  check_arguments(input, hx, weights, batch_sizes, options, batch_first);
-  check_no_tangent(input, hx, weights);
-  if (!any_requires_grad(input, hx, weights)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, h_n, kept] =
-        forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, false);
-    return {output, h_n};
-  }
-  auto result = RnnFunction::apply(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
-                                   bidirectional, batch_first);
-  return {result[0], result[1]};
-}
-
-/// Without the autograd keys (inference mode): the same, with nothing to record.
+/// Nothing to record, or no autograd keys (inference mode).
 std::tuple<Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTensor& hx,
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          std::string_view nonlinearity, bool bias,
@@ -285,6 +268,23 @@ std::tuple<Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTens
   auto [output, h_n, kept] =
       forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, false);
   return {output, h_n};
+}
+
+std::tuple<Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTensor& hx,
+                                        at::TensorList weights, const OptionalTensor& batch_sizes,
+                                        std::string_view nonlinearity, bool bias,
+                                        int64_t num_layers, bool bidirectional, bool batch_first) {
+  check_no_tangent(input, hx, weights);
+  if (!any_requires_grad(input, hx, weights)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return rnn_inference(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
+                         bidirectional, batch_first);
+  }
+  check_arguments(input, hx, weights, batch_sizes, {nonlinearity, bias, num_layers, bidirectional},
+                  batch_first);
+  auto result = RnnFunction::apply(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
+                                   bidirectional, batch_first);
+  return {result[0], result[1]};
 }
 
 }  // namespace

@@ -164,8 +164,8 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
     const int64_t first = top - together;
     BackwardPass pass{layout};
     for (int64_t layer = first; layer < top; ++layer) {
-      const Tensor& x = layer > 0 ? layer_outputs[layer - 1] : input;
-      pass.layers.push_back(layer_of(x, hx, weights, options, layer));
+      const Tensor& below = layer > 0 ? layer_outputs[layer - 1] : input;
+      pass.layers.push_back(layer_of(below, hx, weights, options, layer));
       pass.outputs.push_back(layer_outputs[layer]);
       pass.wanted.push_back(wanted_of_layer(needs, grad_hx, options, layer));
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Elman recurrence as a function of its weights: packed or not, fused or PyTorch's own path.
 
-Arguments are checked in one place, csrc/rnn.cpp.
+The fused path checks its arguments in one place, csrc/rnn.cpp.
 """
 
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
         if _only_mode_is_default_device():
             with torch.overrides._pop_mode_temporarily():
                 return takes_fused_path(input, weights, hx)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if compiling:
         if torch.compiler.is_exporting():
             return False
     elif (
         torch.overrides.has_torch_function((input, hx, *weights))
-        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or any(_knows_aten_only(t) for t in (input, hx, *weights))
     ):
         return False
     if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
@@ -54,6 +54,11 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
     if not (input.layout is torch.strided and (hx is None or hx.layout is torch.strided)):
         return False
     return not weights or weights[0].dtype in _FUSED_DTYPES
+
+
+def _knows_aten_only(t: Any) -> bool:
+    """Whether it is of a class with __torch_dispatch__, as distributed tensors are."""
+    return isinstance(t, Tensor) and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
 
 
 def _is_fused_device(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ It derives from RNNBase and not from nn.RNN, because torch.compile breaks its gr
 instance of nn.RNN.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class RNN(torch.nn.RNNBase):
             device=device,
             dtype=dtype,
         )
+        if not isinstance(num_layers, bool):
+            self.num_layers = int(num_layers)  # NumPy's integers are none to the operator
 
     def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """Run the recurrence over `input`.
@@ -140,15 +143,18 @@ class RNN(torch.nn.RNNBase):
         )
 
     def _current_weights(self) -> list[Any]:
-        """The weights as they are now, in nn.RNN's flat order.
+        """The weights as they are now, in nn.RNN's flat order: those that nn.RNN would take.
 
-        Read from the parameters at every call, so that any way of changing them is seen. Those that
-        are no parameters (parametrized, pruned, replaced by a plain tensor) are found as nn.RNN
-        finds them.
+        Its own way takes microseconds. It is not needed where its flat weights are the parameters:
+        not where they were replaced by something else (by weights that were parametrized, pruned,
+        adapted by a subclass, ...) or the parameters by others. Of a compiled call these are known.
         """
         parameters = self._parameters
         try:
-            return [parameters[name] for name in self._flat_weights_names]
+            weights = [parameters[name] for name in self._flat_weights_names]
+            if all(map(is_, weights, self._flat_weights)) or torch.compiler.is_compiling():
+                return weights
         except KeyError:
-            self._update_flat_weights()
-            return self._flat_weights
+            pass
+        self._update_flat_weights()
+        return self._flat_weights

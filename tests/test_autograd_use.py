@@ -256,6 +256,14 @@ class TestSavedTensors:
 
         of_both(compute)
 
+    def test_hooks_that_scale_what_is_saved_see_no_sizes(self):
+        def compute(module, x, hx):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t / 2):
+                loss = weighted(module(PackedSequence(x.flatten(0, 1), torch.tensor([B] * T)))[1])
+            return grad(loss, [x, *module.parameters()])
+
+        of_both(compute)
+
     def test_save_on_cpu_changes_nothing(self):
         def compute(module, x, hx):
             with torch.autograd.graph.save_on_cpu():

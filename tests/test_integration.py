@@ -14,6 +14,7 @@ from pairs import H, I, Setting, arguments, draw, pair, same, weighted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
@@ -278,6 +279,27 @@ class Labelled(torch.Tensor):
     """A subclass by __torch_function__ alone: every result is of the class again."""
 
 
+class Wrapped(torch.Tensor):
+    """A subclass by __torch_dispatch__ alone, that knows ATen's operators, as DTensor does."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten"
+        unwrapped = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*unwrapped[0], **unwrapped[1]))
+
+
 class Spy(torch.overrides.TorchFunctionMode):
     def __init__(self):
         super().__init__()
@@ -302,6 +324,20 @@ class TestOverrides:
         x, hx = arguments()
         results = pair()[0](x, hx.detach().as_subclass(Labelled))
         assert all(type(r) is Labelled for r in results)
+
+    @pytest.mark.parametrize("who", ["input", "hx", "weights"])
+    def test_a_subclass_may_know_atens_operators_alone(self, who):
+        results = []
+        for module in pair():
+            given = dict(zip(("input", "hx"), (t.detach() for t in arguments()), strict=True))
+            if who == "weights":
+                for name, p in list(module.named_parameters()):
+                    setattr(module, name, torch.nn.Parameter(Wrapped(p.detach())))
+            else:
+                given[who] = Wrapped(given[who])
+            results.append(module(**given))
+        assert [type(r) for r in results[0]] == [type(r) for r in results[1]]
+        same(*tree_map_only(Wrapped, lambda t: t.inner, results))
 
     def test_a_function_mode_sees_the_operator_of_nn_rnn(self):
         module, (x, hx) = pair()[0], arguments()

@@ -5,6 +5,7 @@ Each expectation is read off torch.nn.RNN when the test runs. Numbers are compar
 """
 
 import copy
+import enum
 import functools
 import gc
 import inspect
@@ -13,6 +14,7 @@ import pickle
 import warnings
 import weakref
 
+import numpy
 import pytest
 import torch
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -96,6 +98,17 @@ def test_device_and_dtype_may_be_positional():
     weight = module.weight_hh_l1_reverse
     assert (weight.device.type, weight.dtype) == ("meta", torch.float64)
     assert repr(module) == repr(torch.nn.RNN(3, 4, 2, "relu", False, True, 0.5, True))
+
+
+class Layers(enum.IntEnum):
+    TWO = 2
+
+
+@pytest.mark.parametrize("two", [numpy.int64(2), Layers.TWO, torch.tensor(2)], ids=repr)
+def test_any_integer_is_a_number_of_layers(two):
+    ours, theirs = pair(num_layers=two)
+    assert repr(ours) == repr(theirs)
+    close(run(ours, sequence()), run(theirs, sequence()))
 
 
 @every_option
@@ -279,6 +292,11 @@ def scale_weight_norm(module):
     module.parametrizations.weight_hh_l0.original0.detach().mul_(3)
 
 
+def replace_parameter_object(module):
+    module(sequence())
+    module._parameters["weight_hh_l0"] = torch.nn.Parameter(drawn(module.weight_hh_l0))
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -307,6 +325,8 @@ CHANGES = {
     "parametrization registered": lambda m: parametrize.register_parametrization(
         m, "weight_hh_l0", Doubled()
     ),
+    "Parameter put among the others": replace_parameter_object,
+    "flat weight replaced": lambda m: m._flat_weights.__setitem__(1, drawn(m.weight_hh_l0)),
     "weight pruned": lambda m: prune.l1_unstructured(m, "weight_hh_l1", amount=0.5),
 }
 
@@ -320,6 +340,28 @@ def test_weights_changed_between_calls_are_seen_at_the_next_call(change):
         after.append(run(module, sequence()))
         assert not torch.allclose(after[-1]["output"], before)
     close(*after)
+
+
+def test_a_subclass_may_compute_with_other_flat_weights():
+    results = []
+    for module in pair(num_layers=2):
+
+        class Adapted(type(module)):
+            def forward(self, *arguments):
+                self._flat_weights = [getattr(self, name) * 2 for name in self._flat_weights_names]
+                return super().forward(*arguments)
+
+        module.__class__ = Adapted
+        results.append(run(module, sequence()))
+    close(*results)
+
+
+def test_a_replaced_parameter_is_freed():
+    module, _ = pair()
+    before = weakref.ref(module.weight_hh_l0)
+    module._parameters["weight_hh_l0"] = torch.nn.Parameter(drawn(module.weight_hh_l0))
+    module(sequence())
+    assert before() is None
 
 
 def test_functional_call_uses_the_given_weights_and_leaves_the_module_alone():

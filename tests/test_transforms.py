@@ -322,6 +322,18 @@ class TestFunctionalTransforms:
 
         of_both(compute, setting)
 
+    def test_forward_mode_inside_a_compiled_function(self, setting):
+        def compute(module, x, hx):
+            @torch.compile(backend="eager")
+            def tangent(x):
+                with forward_ad.dual_level():
+                    dual = forward_ad.make_dual(x, x.cos())
+                    return forward_ad.unpack_dual(module(dual, hx)[0]).tangent
+
+            return [tangent(x.detach())]
+
+        of_both(compute, setting)
+
     def test_forward_over_reverse(self, setting):
         def compute(module, x, hx):
             with forward_ad.dual_level():
