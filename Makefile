@@ -38,7 +38,7 @@ demo: $(VENV)/built
 test: $(VENV)/built $(VENV)/dev
 	$(RUN) -m pytest tests
 
-lint: $(VENV)/built $(VENV)/dev
+lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	find csrc tests benchmarks -regex '.*\.\(cpp\|h\|inl\|cu\|cuh\)' | xargs $(VENV)/bin/clang-format --dry-run --Werror

@@ -5,7 +5,7 @@ The CUDA part is built where torch has CUDA and a CUDA toolkit of the same major
 a GPU is not needed. `python -m fastrnn.info` tells afterwards whether it was built, and why.
 
 Environment: FASTRNN_CUDA=0 leaves the CUDA part out, 1 makes its absence an error;
-TORCH_CUDA_ARCH_LIST for its GPUs; DEBUG=1 for a build with assertions, its C++ unoptimised;
+TORCH_CUDA_ARCH_LIST for its GPUs; DEBUG=1 for a build with assertions, its C++ hardly optimised;
 MAX_JOBS for parallel compilation.
 """
 

@@ -123,15 +123,15 @@ py::dict build_info() {
 }
 
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                  at::ScalarType dtype, bool hx, int64_t num_layers) {
+                  at::ScalarType dtype, bool hx, int64_t num_layers, std::optional<int64_t> rows) {
   TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H > 0 && directions > 0 && num_layers > 0,
                     "cpu_plan: T, H, directions and num_layers must be positive, B and I not "
                     "negative");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
-  shape.total_rows = T * B;
-  shape.state_rows = T * B - (hx ? 0 : B);
-  shape.packed = false;
+  shape.total_rows = rows.value_or(T * B);
+  shape.state_rows = shape.total_rows - (hx ? 0 : B);
+  shape.packed = rows.has_value();
   fastrnn::cpu::set_type(shape, dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
   const fastrnn::cpu::StackPlan stack =
@@ -209,9 +209,9 @@ PYBIND11_MODULE(_C, m) {
       "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions") = 1, py::arg("dtype") = at::kFloat,
-        py::arg("hx") = false, py::arg("num_layers") = 1,
+        py::arg("hx") = false, py::arg("num_layers") = 1, py::arg("rows") = py::none(),
         "How a layer of this shape, or a stack that begins with it, runs on the CPU with the "
-        "current number of threads.");
+        "current number of threads. rows: of packed data, whose longest sequence has T steps.");
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
         py::kw_only(), py::arg("major") = py::none(), py::arg("multiprocessors") = py::none(),

@@ -30,6 +30,7 @@ def cpu_plan(
     dtype: torch.dtype = ...,
     hx: bool = False,
     num_layers: int = 1,
+    rows: int | None = None,
 ) -> dict[str, Any]: ...
 def cuda_plan(
     T: int,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of a case against torch.nn.RNN's, and its sizes as the CPU's plan sees them."""
+"""Results of a case against torch.nn.RNN's, and how the CPU runs it."""
+
+from contextlib import contextmanager
 
 import torch
 
@@ -22,16 +24,35 @@ def assert_as_accurate_as_nn_rnn(ours, case, dtype, exact=None):
     testing.assert_as_accurate(ours, theirs, exact, dtype)
 
 
-def mean_sizes(case):
-    """Steps and rows of a step; of packed data, those of the mean batch."""
-    if not case.lengths:
-        return case.T, case.B
-    T = max(case.lengths)
-    return T, -(-sum(case.lengths) // T)
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def layer_plans(case, dtype, T, B):
-    """The plan of each layer, for T steps of B rows."""
+def steps_of(case):
+    return max(case.lengths) if case.lengths else case.T
+
+
+def layer_plans(case, dtype=torch.float32):
+    """The plan of each layer."""
     D = 1 + case.bidirectional
-    features = [case.I] + [case.H * D] * (case.num_layers - 1)
-    return [_C.cpu_plan(T, B, I, case.H, D, dtype, case.hx) for I in features]
+    packed = (len(case.lengths), sum(case.lengths)) if case.lengths else None
+    B, rows = packed or (case.B, None)
+    return [
+        _C.cpu_plan(steps_of(case), B, I, case.H, D, dtype, case.hx, case.num_layers, rows)
+        for I in [case.I] + [case.H * D] * (case.num_layers - 1)
+    ]
+
+
+def outputs(module, case, dtype=torch.float32):
+    """(output, h_n) of a module for the case's arguments."""
+    inputs, hx = case.arguments(dtype)
+    if not case.lengths:
+        return module(inputs[0], hx)
+    output, h_n = module(torch.nn.utils.rnn.pack_sequence(inputs, enforce_sorted=False), hx)
+    return output.data, h_n

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import fastrnn
+from fastrnn import testing
 
 T, B, I, H = 3, 2, 2, 3
 LENGTHS = {"sorted": [3, 2, 1], "unsorted": [1, 3, 2]}
@@ -55,7 +56,7 @@ def same(ours, theirs):
         assert (a is None) == (b is None)
         if a is not None:
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            assert (a - b).norm() <= 1e-11 * max(b.norm(), 1e-3)
+            assert (a - b).norm() <= testing.FLOAT64_DIFFERENCE * max(b.norm(), 1e-3)
 
 
 def of_both(compute, setting=Setting(), **options):  # noqa: B008

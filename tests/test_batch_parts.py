@@ -3,8 +3,7 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn, layer_plans
-from test_teams import threads
+from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
@@ -41,16 +40,8 @@ FEW_ROWS = [
 ]
 
 
-def plans_of(case, dtype):
-    """Each layer's, packed sequences by their mean length."""
-    T, B = case.T, case.B
-    if case.lengths:
-        T, B = sum(case.lengths) // len(case.lengths), len(case.lengths)
-    return layer_plans(case, dtype, T, B)
-
-
 def parts_of(case, dtype):
-    return min(plan["batch_parts"] for plan in plans_of(case, dtype))
+    return min(plan["batch_parts"] for plan in layer_plans(case, dtype))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -60,7 +51,8 @@ def parts_of(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_by_parts_are_right(case, dtype, count):
     with threads(count):
-        assert parts_of(case, dtype) == count
+        converts = any(plan["converts"] for plan in layer_plans(case, dtype))
+        assert parts_of(case, dtype) == (1 if converts and case.lengths else count)
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -69,7 +61,7 @@ def test_results_and_gradients_by_parts_are_right(case, dtype, count):
 @pytest.mark.parametrize("case", FEW_ROWS, ids=str)
 def test_results_and_gradients_by_parts_of_few_rows_are_right(case, dtype):
     with threads(2):
-        if all(plan["own_gradients"] for plan in plans_of(case, dtype)):  # with kernels for AVX2
+        if all(plan["own_gradients"] for plan in layer_plans(case, dtype)):  # with kernels for AVX2
             assert parts_of(case, dtype) == 2
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)

@@ -23,7 +23,6 @@ import plots  # noqa: E402
 import run  # noqa: E402
 import scaling  # noqa: E402
 import table  # noqa: E402
-import timing  # noqa: E402
 from cases import CASES, MODES  # noqa: E402
 from peers import PEERS  # noqa: E402
 
@@ -291,7 +290,3 @@ def test_without_results_nothing_is_drawn(tmp_path, monkeypatch, capsys):
     assert plots.main(["--output", str(tmp_path / "figures")]) == 0
     assert not (tmp_path / "figures").exists()
     assert "no complete results of peers" in capsys.readouterr().err
-
-
-def test_a_round_is_as_long_as_in_the_other_benchmarks(measured):
-    assert measured["settings"]["round_seconds"] == timing.ROUND

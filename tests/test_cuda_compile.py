@@ -230,12 +230,10 @@ def test_host_code_of_the_cuda_part_type_checks(source):
     type_check(source)
 
 
-@pytest.mark.skipif(not KERNELS, reason="there are no kernels")
 def test_no_kernel_source_includes_torch():
     assert files_with_torch(CSRC / "cuda") == []
 
 
-@pytest.mark.skipif(not KERNELS, reason="there are no kernels")
 def test_inline_ptx_is_in_primitives_only():
     # The other one is empty: it keeps a vector in a register of the CPU.
     assert files_with_ptx(CSRC) == ["primitives.cuh", "vectors.inl"]

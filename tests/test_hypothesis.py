@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastrnn.RNN against torch.nn.RNN over shapes and settings that nobody chose.
 
-Contract: in float64, results and all gradients equal nn.RNN's to 1e-11 of their norm, and what
+Contract: in float64, results and all gradients equal nn.RNN's to 1e-12 of their norm, and what
 nn.RNN refuses is refused in its words. Derandomised: every run draws the same cases.
 """
 

@@ -5,7 +5,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn, exact_run, layer_plans, mean_sizes
+from accuracy import (
+    assert_as_accurate_as_nn_rnn,
+    exact_run,
+    layer_plans,
+    steps_of,
+    threads,
+)
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
@@ -145,16 +151,13 @@ def test_nothing_uninitialised_is_read(case):
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def plans(case, dtype):
     """(steps, plan) of each layer."""
-    T, rows = mean_sizes(case)
-    return [(T, plan) for plan in layer_plans(case, dtype, T, rows)]
+    return [(steps_of(case), plan) for plan in layer_plans(case, dtype)]
 
 
 PADDED = [case for case in GRID if not case.lengths]

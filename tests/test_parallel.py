@@ -8,7 +8,7 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from test_teams import threads
+from accuracy import threads
 
 pytestmark = pytest.mark.skipif(not cuda_host.available(), reason="needs Linux and g++")
 
@@ -54,14 +54,24 @@ def test_after_a_long_wait_the_caller_goes_on_alone(library, region, needs):
         assert region() == 1
 
 
-def test_a_short_wait_changes_nothing(region):
-    assert region(2) == region(2, needs=True) == region() == 2
+@pytest.mark.parametrize("needs", [False, True], ids=["at the end", "inside its turn"])
+def test_a_short_wait_changes_nothing(library, region, needs):
+    for _ in range(50):
+        library.set_saved(MOST)
+        library.set_wake_time(0, 0)
+        begin = time.perf_counter()
+        assert region(2, needs) == 2
+        if time.perf_counter() - begin < 0.01:  # half of what the account holds
+            library.set_wake_time(0, 0)
+            assert region() == 2
+            return
+    pytest.skip("this machine is too busy for a short wait")
 
 
 def test_time_fills_the_account(library, region):
-    library.set_saved(-1_000_000)
+    library.set_saved(-100_000_000)
     assert region() == 1
-    time.sleep(0.02)
+    time.sleep(0.85)
     assert region() == 2
 
 
@@ -82,9 +92,12 @@ def test_after_a_rest_threads_that_wake_up_slowly_are_not_woken(region, rest):
 
 
 def test_they_are_woken_once_the_caller_has_been_busy_for_some_time(region, rest):
-    rest()
-    assert region(5) == 1
-    assert region() == 2
+    def threads_of_two_calls():
+        rest()
+        return region(5), region()
+
+    # On a busy machine the caller may lose its core between the two, which is another rest.
+    assert (1, 2) in (threads_of_two_calls() for _ in range(20))
     rest()
     assert region() == 1
 
@@ -101,9 +114,14 @@ def test_they_are_woken_after_some_seconds_since_they_may_be_faster_by_then(regi
 
 
 def test_how_long_they_take_is_measured_after_a_rest(library, region):
-    library.rest()
-    assert region(50) == 2
-    library.set_saved(MOST)
-    assert region() == 2
+    def threads_of_two_calls():
+        library.set_wake_time(0, 0)
+        library.set_saved(MOST)
+        library.rest()
+        late = region(50)
+        library.set_saved(MOST)
+        return late, region()
+
+    assert (2, 2) in (threads_of_two_calls() for _ in range(20))  # see above
     library.rest()
     assert region() == 1

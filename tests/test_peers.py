@@ -58,8 +58,7 @@ def test_a_peer_has_the_results_of_nn_rnn_or_says_why_not(name, mode, threads):
     peer = PEERS[name]
     missing = peer.missing()
     if missing:
-        assert missing.startswith("not installed: ")
-        return
+        pytest.skip(missing)
     compared = 0
     for case in GRID:
         if peer.unsupported(case, mode) or (name == "compiled_loop" and compared):

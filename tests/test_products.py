@@ -3,9 +3,7 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn
-from test_batch_parts import plans_of
-from test_teams import threads
+from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
 
 import fastrnn
 from fastrnn import _C, testing
@@ -39,7 +37,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     with threads(count):
-        assert all(plan["own_products"] and plan["own_gradients"] for plan in plans_of(case, dtype))
+        assert all(
+            plan["own_products"] and plan["own_gradients"] for plan in layer_plans(case, dtype)
+        )
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -67,7 +67,7 @@ def test_large_layers_of_sixteen_bits_are_right(case, dtype, count):
 
 
 def test_converted_layers_have_gradients_in_float32_beside_many_rows():
-    many, few = (plans_of(case, torch.float16)[0] for case in CONVERTED[:2])
+    many, few = (layer_plans(case, torch.float16)[0] for case in CONVERTED[:2])
     assert many["own_gradients"] and not few["own_gradients"]
     assert many["fuse_input"] and few["fuse_input"]
 
@@ -89,7 +89,7 @@ INPUTS = [
 @pytest.mark.parametrize("case", INPUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_inputs_product_is_right(case, dtype, count):
-    plan = plans_of(case, torch.float32)[0]
+    plan = layer_plans(case, torch.float32)[0]
     assert plan["own_products"] and not plan["fuse_input"] and not plan["own_input_product"]
     with threads(count):
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)

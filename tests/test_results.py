@@ -213,12 +213,6 @@ def test_only_what_asks_for_a_gradient_gets_one(learning):
     close(*outcomes)
 
 
-def test_inference_mode_gives_inference_tensors():
-    with torch.inference_mode():
-        results = pair()[0](sequence())
-    assert all(result.is_inference() for result in results)
-
-
 @every_form
 def test_meta_module_gives_the_meta_results_of_nn_rnn(form):
     modules, arguments = pair_of_form(form, num_layers=2)

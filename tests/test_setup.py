@@ -110,23 +110,17 @@ def cuda_torch(monkeypatch, toolkit):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
 
 
-needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the made up nvcc is for sh")
-
-
-@needs_sh
 def test_facts_are_those_of_the_environment_torch_and_the_toolkit(cuda_torch, toolkit):
     expected = setup.Facts("1", torch.__version__, "98.1", str(toolkit), "98.7", True)
     assert setup.gather_facts() == expected
     assert setup.decide_cuda(expected)[0]
 
 
-@needs_sh
 def test_missing_headers_are_seen(cuda_torch, toolkit):
     (toolkit / "include" / "cuda_runtime.h").unlink()
     assert not setup.gather_facts().headers
 
 
-@needs_sh
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 1\n", "#!/nowhere\n", None])
 def test_an_nvcc_that_does_not_run_is_none(cuda_torch, toolkit, content):
     program = toolkit / "bin" / "nvcc"

@@ -4,8 +4,8 @@ walk and its products, and in backward the walk and the weights' gradients."""
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_nn_rnn, mean_sizes
-from test_teams import outputs, run_with_thread_limit, threads
+from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, outputs, steps_of, threads
+from test_teams import run_with_thread_limit
 
 import fastrnn
 from fastrnn import _C, testing
@@ -44,8 +44,7 @@ WALKS = [
 # The kernels for any processor leave products over many rows, and gradients of large layers, to
 # ATen: of those nothing is made beside a walk.
 def plan_of(case, dtype):
-    T, B = mean_sizes(case)
-    return _C.cpu_plan(T, B, case.I, case.H, dtype=dtype, hx=case.hx, num_layers=case.num_layers)
+    return layer_plans(case, dtype)[0]
 
 
 def test_layers_run_side_by_side_where_one_leaves_threads_idle():
@@ -82,7 +81,7 @@ def test_results_and_gradients_of_what_runs_side_by_side_are_right(case, dtype, 
         if case in CASES and not plan["converts"] and (plan["own_products"] or case.num_layers > 1):
             assert plan["layer_threads"] > 1
         if case in WALKS and not plan["converts"] and plan["own_gradients"]:
-            assert plan["gradient_steps"] < mean_sizes(case)[0]
+            assert plan["gradient_steps"] < steps_of(case)
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -141,6 +140,7 @@ def test_gradients_of_layers_that_read_a_large_weight_as_it_is_are_right(H, dtyp
 def test_packed_sequences_read_a_large_weight_as_it_is(dtype):
     """Also in the steps that only one or two of them have."""
     case = Case(0, 0, 6, 523, hx=True, lengths=tuple(range(60, 30, -2)))
+    assert not layer_plans(case, dtype)[0]["backward_packs"]
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -148,6 +148,7 @@ def test_packed_sequences_read_a_large_weight_as_it_is(dtype):
 def test_an_input_whose_columns_are_apart_is_read_right():
     case = CASES[1]
     module = case.module(fastrnn.RNN, torch.float64)
+    torch.manual_seed(0)
     x, hx = torch.randn(128, 1, 131).double().transpose(0, 2), torch.zeros(5, 1, 128).double()
     with threads(2), torch.inference_mode():
         assert plan_of(case, torch.float64)["layer_threads"] == 2
@@ -173,6 +174,7 @@ def test_every_call_gives_the_same_bits(case, mode):
 LIMITED = """
 import torch, fastrnn
 from fastrnn import _C
+torch.manual_seed(0)
 torch.set_num_threads(4)
 assert _C.cpu_plan(300, 1, 3, 128, num_layers=4)["layer_threads"] == 4
 plan = _C.cpu_plan(300, 1, 128, 128)
