@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without its cases, as of run.py."""
-    report = run.describe(argparse.Namespace(quick=args.quick, only=""))
+    report = run.describe(args.quick)
     report["threads"] = sorted({1, args.threads})
     report["busy"] = sorted({0, 1, args.threads})
     report["settings"] = {

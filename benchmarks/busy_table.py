@@ -16,8 +16,7 @@ def render(report: dict[str, Any]) -> str:
     for case in report["cases"]:
         spec = case["spec"]
         for mode, results in case["modes"].items():
-            cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", table.extras(spec)]
-            cells.append(mode)
+            cells = [table.shape(spec), table.extras(spec), mode]
             for column in columns:
                 found = [r for r in results if (r["peer"], r["threads"]) == column]
                 cells.append(", ".join(table.duration(result["us"]) for result in found))

@@ -2,8 +2,8 @@
 """`python benchmarks/compare.py`: measure fastrnn and every installed peer on this CPU.
 
 Each peer has a process for each number of threads. For a case and a mode every process loads it and
-passes the gate; then they make bursts of calls in turns, in a new random order each round. The JSON
-is written after each mode, so that a stop loses nothing.
+passes the gate; then they make bursts of calls in turns, in a new random order each round. After
+each mode the results are written beside the file, as run.py does after each case.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def numbers(text: str) -> list[int]:
 
 def describe(args: argparse.Namespace, study: str) -> dict[str, Any]:
     """The report without its cases: as of run.py, and what else was running."""
-    report = run.describe(argparse.Namespace(quick=args.quick, only=args.only))
+    report = run.describe(args.quick, args.only)
     packages = sorted({package for name in args.peers for package in PEERS[name].packages})
     report["versions"] |= {package: version(package) for package in packages}
     report["threads"] = args.threads
@@ -153,7 +153,7 @@ def sweep(
                     entry["modes"][mode] = measure(case, mode, workers, reference, args.seconds)
                     last = number == len(cases) and mode == MODES[-1]
                     report["complete"] = last and not args.part
-                    run.write(path, report)
+                    run.write(path, report, done=last)
                     progress = f"{number}/{len(cases)} {case.name} {mode}"
                     print(progress, said(entry["modes"][mode]), file=sys.stderr, flush=True)
     finally:
@@ -216,7 +216,7 @@ def asked(worker: Any, method: str, *arguments: Any) -> dict[str, Any]:
         answer: dict[str, Any] = worker.ask(method, *arguments)
         return answer
     except (TimeoutError, ChildProcessError) as error:
-        return {"not_run": f"{type(error).__name__}: {error}"}
+        return {"not_run": run.described(error)}
 
 
 def best(times: dict[tuple[str, int], list[float]]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 if a step failed, a case did not pass the gate or could not be measured.
+        0; 1 if a step failed, a case did not pass the gate or could not be measured; 2 if the
+        arguments select nothing or there is no GPU.
     """
     args = parse(argv)
     if args.table:
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         # Only now can a process load what was built.
         report["machine"] = worker.ask(describe, args, limit=CASE_LIMIT)["machine"]
     except (TimeoutError, ChildProcessError) as error:
-        report["machine_error"] = gpu_steps.without_paths(f"{type(error).__name__}: {error}")
+        report["machine_error"] = run.without_paths(run.described(error))
     tasks = plan(cases, args.device)
     if built(report):
         measure(report, tasks, partial(ask, worker, args), budget, save)
@@ -122,11 +123,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without its steps and cases: where, with what and how they were measured."""
-    report = run.describe(argparse.Namespace(quick=args.quick, only=args.only))
+    report = run.describe(args.quick, args.only)
     on_gpu = args.device == "cuda"
     report["device"] = "cuda" if on_gpu else "cpu, to try the script"
     del report["threads"]
-    report["machine"] = gpu_steps.without_paths(report["machine"])
+    report["machine"] = run.without_paths(report["machine"])
     report["machine"]["gpu"] = gpu_steps.gpu() if on_gpu else None
     report["versions"] |= gpu_steps.versions()
     report["settings"] = {
@@ -228,7 +229,7 @@ def measure(
             report["not_measured"] = [label(*task) for task in tasks[number:]]
             save()
             return
-        entry |= gpu_steps.without_paths(found)
+        entry |= run.without_paths(found)
         if case.name not in entries:
             entries[case.name] = entry
             report["cases"].append(entry)

@@ -8,7 +8,6 @@ Every step returns a dict for the JSON: ``status`` is ``"passed"``, ``"failed"``
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
+from run import without_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "benchmarks" / "gpu_micro.cu"
@@ -203,21 +203,6 @@ def execute(
         text = output.read().decode(errors="replace")
     step["output"] = without_paths(text if tail is None else text[-tail:])
     return step
-
-
-def without_paths(value: Any) -> Any:
-    """A value for the JSON, its text without folders outside the checkout and without the host."""
-    if isinstance(value, dict):
-        return {key: without_paths(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [without_paths(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    value = value.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    # The folders of an absolute path, which may follow an option as in -I/usr/include.
-    value = re.sub(r"(?:(?<![\w./-])|(?<=-[ILB]))/(?:[^\s/:;,\"'=()]+/)+", "…/", value)
-    host = re.escape(platform.node())
-    return re.sub(rf"(?<!\w){host}(?!\w)", "<host>", value) if host else value
 
 
 def gpu() -> dict[str, Any] | None:

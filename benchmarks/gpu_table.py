@@ -8,6 +8,8 @@ import statistics
 from collections import Counter
 from typing import Any
 
+import table
+
 MODES = ("inference", "training")
 #: Which figure stands for a way of calling.
 FIGURES = {"eager": "speedup", "graph": "gpu_speedup"}
@@ -30,13 +32,11 @@ def render(report: dict[str, Any]) -> str:
 
 def caption(report: dict[str, Any]) -> str:
     """Where and with what the numbers were measured."""
-    versions, commit, gpu = report["versions"], report["commit"], report["machine"]["gpu"]
-    source = f"commit {commit['hash'][:10]}" if commit else "no commit"
-    source += " with changes" if commit and commit["dirty"] else ""
+    versions, gpu = report["versions"], report["machine"]["gpu"]
     return (
         f"{gpu['name'] if gpu else report['device']}; fastrnn {versions['fastrnn']}, "
         f"torch {versions['torch']}, CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, "
-        f"driver {versions['driver']}; {source}; {report['date'][:10]}. "
+        f"driver {versions['driver']}; {table.source(report)}. "
         "Speed-up over nn.RNN, training is forward and backward."
     )
 

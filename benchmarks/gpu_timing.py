@@ -17,6 +17,7 @@ import timing
 import torch
 from cases import CLASSES, MODES
 from gpu_cases import Bench, GpuCase, failure, settings_of
+from run import described
 
 #: How a step is called: by Python, or as a CUDA graph that was captured once.
 WAYS = ("eager", "graph")
@@ -159,11 +160,6 @@ def peak(step: Step) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def described(error: Exception) -> str:
-    """The kind of error and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 class Worker:

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without its limits, as of run.py."""
-    report = run.describe(argparse.Namespace(quick=args.quick, only=""))
+    report = run.describe(args.quick)
     report["threads"] = sorted({1, args.threads})
     seconds = QUICK_SECONDS if args.quick else SECONDS
     report["settings"] = {"quick": args.quick, "seconds": seconds}

@@ -15,7 +15,7 @@ import busy_table
 import limits_table
 import table
 from floor import floor
-from table import duration, extras
+from table import duration, extras, shape
 
 #: What peers are called in tables and figures.
 LABELS = {
@@ -113,7 +113,7 @@ def of_mode(cases: list[dict[str, Any]], mode: str, limits: dict[str, Any] | Non
     lines = [f"| {' | '.join(columns)} |", f"|---|---|{'--:|' * (len(columns) - 3)}---|"]
     for case in cases:
         spec, found = case["spec"], case["modes"][mode]
-        cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
+        cells = [shape(spec), extras(spec)]
         cells += [cell([r for r in found["results"] if r["peer"] == peer]) for peer in peers]
         if limits:
             bound, ratio = to_floor(case, mode, limits)

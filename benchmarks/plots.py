@@ -162,8 +162,7 @@ def below(figure: Figure, report: dict[str, Any], handles: list[Any], names: lis
 
 def case_label(spec: dict[str, Any]) -> str:
     """The shape of a case and what is special in it."""
-    size = f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})"
-    return f"{table.extras(spec)}  {size}".strip()
+    return f"{table.extras(spec)}  {table.shape(spec)}".strip()
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python benchmarks/run.py`: measure every case on this CPU, and keep the results as JSON.
 
-Each case passes the gate, is timed, then its memory is measured. The file is written after each
-case, so that a stop loses nothing. It names the processor, but neither host, user nor paths.
+Each case passes the gate, is timed, then its memory is measured. After each case the results are
+written beside the file, to a name that ends in .unfinished, and replace it after the last one: a
+stop loses neither. They name the processor, but neither host, user nor paths.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 if a case did not pass the gate.
+        0; 1 if a case did not pass the gate; 2 if the arguments select nothing.
     """
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -49,15 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
         return 2
-    report = describe(args)
+    report = describe(args.quick, args.only)
     path = args.output or default_path(report, args)
     timing.keep_freed_memory()
     for number, case in enumerate(cases, 1):
-        entry = measure(case, QUICK_SECONDS if args.quick else SECONDS, not args.no_memory)
+        entry = measure(case, QUICK_SECONDS if args.quick else SECONDS)
         report["cases"].append(entry)
-        whole = not (args.quick or args.only or args.no_memory)
-        report["complete"] = whole and number == len(cases)
-        write(path, report)
+        done = number == len(cases)
+        report["complete"] = done and not args.part
+        write(path, report, done)
         print(f"{number}/{len(cases)} {progress(entry)}", file=sys.stderr, flush=True)
     print(table.render(report))
     return 1 if any(entry["gate"] is not None for entry in report["cases"]) else 0
@@ -70,11 +71,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this name")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.part = bool(args.quick or args.only)
+    return args
 
 
-def measure(case: BenchmarkCase, seconds: float, with_memory: bool) -> dict[str, Any]:
+def measure(case: BenchmarkCase, seconds: float) -> dict[str, Any]:
     """All of one case: what it is, the gate's word (None is good) and, if good, the numbers."""
     entry: dict[str, Any] = {"spec": case.spec(), "gate": gate.failure(case), "modes": {}}
     if entry["gate"] is not None:
@@ -88,14 +90,27 @@ def measure(case: BenchmarkCase, seconds: float, with_memory: bool) -> dict[str,
             "speedup_quartiles": [round(ratio, 3) for ratio in timed.speedup_quartiles],
             "pairs": timed.pairs,
         }
-        for name in CLASSES if with_memory else ():
+        for name in CLASSES:
             peak = memory.peak_in_own_process(case, name, mode)
             entry["modes"][mode][f"{name}_peak_bytes"] = peak
     return entry
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The report without its cases: where, with what and how they were measured."""
+def describe(quick: bool, only: str = "") -> dict[str, Any]:
+    """The report without its cases: where, with what and how they were measured.
+
+    Parameters
+    ----------
+    quick : bool
+        Whether the numbers are rough.
+    only : str
+        What the names of the cases have in common.
+
+    Returns
+    -------
+    dict
+        Fit for JSON, not yet ``complete``.
+    """
     facts = info.collect()
     return {
         "device": "cpu",
@@ -116,9 +131,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "threads": torch.get_num_threads(),
         "settings": {
-            "quick": args.quick,
-            "only": args.only,
-            "seconds": QUICK_SECONDS if args.quick else SECONDS,
+            "quick": quick,
+            "only": only,
+            "seconds": QUICK_SECONDS if quick else SECONDS,
             "round_seconds": timing.ROUND,
             "min_pairs": timing.MIN_PAIRS,
         },
@@ -148,7 +163,7 @@ def commit() -> dict[str, Any] | None:
 def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
     """The file for this machine and day; another one if not everything is measured."""
     name = f"{report['machine']['cpu']} {report['threads']} threads {report['date'][:10]}"
-    return table.RESULTS / file_name(name, bool(args.quick or args.only or args.no_memory))
+    return table.RESULTS / file_name(name, args.part)
 
 
 def file_name(name: str, part: bool) -> str:
@@ -157,12 +172,45 @@ def file_name(name: str, part: bool) -> str:
     return f"{plain}{'-part' if part else ''}.json"
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Write the report; a stop while writing leaves the file as it was."""
+def write(path: Path, report: dict[str, Any], done: bool = True) -> None:
+    """Write the report; a stop while writing leaves all files as they were.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    report : dict
+        What is written.
+    done : bool
+        If not, the report lies beside the file, its name ending in ``.unfinished``: the file may
+        hold all that an earlier run of the day measured.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    unfinished, writing = path.with_suffix(".unfinished"), path.with_suffix(".writing")
+    writing.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    writing.replace(path if done else unfinished)
+    if done:
+        unfinished.unlink(missing_ok=True)
+
+
+def described(error: Exception) -> str:
+    """The kind of error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def without_paths(value: Any) -> Any:
+    """A value for the JSON, its text without folders outside the checkout and without the host."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    # The folders of an absolute path, which may follow an option as in -I/usr/include.
+    value = re.sub(r"(?:(?<![\w./-])|(?<=-[ILB]))/(?:[^\s/:;,\"'=()]+/)+", "…/", value)
+    host = re.escape(platform.node())
+    return re.sub(rf"(?<!\w){host}(?!\w)", "<host>", value) if host else value
 
 
 def progress(entry: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def source(report: dict[str, Any]) -> str:
 def row(entry: dict[str, Any]) -> str:
     """One line of the table; nothing but the gate's verdict where results are wrong."""
     spec = entry["spec"]
-    cells = [f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})", extras(spec)]
+    cells = [shape(spec), extras(spec)]
     if entry["gate"] is not None:
         return f"| {' | '.join([*cells, 'wrong results', *[''] * 6])} |"
     for mode in ("inference", "training"):
@@ -56,10 +56,13 @@ def row(entry: dict[str, Any]) -> str:
         cells += [duration(numbers["nn_rnn_us"]), duration(numbers["fastrnn_us"])]
         cells.append(f"{numbers['speedup']:.2f}")
     training = entry["modes"]["training"]
-    measured = "fastrnn_peak_bytes" in training
-    ratio = training["fastrnn_peak_bytes"] / training["nn_rnn_peak_bytes"] if measured else None
-    cells.append("–" if ratio is None else f"{ratio:.2f}")
+    cells.append(f"{training['fastrnn_peak_bytes'] / training['nn_rnn_peak_bytes']:.2f}")
     return f"| {' | '.join(cells)} |"
+
+
+def shape(spec: dict[str, Any]) -> str:
+    """The sizes of a case."""
+    return f"({spec['T']}, {spec['B']}, {spec['I']}, {spec['H']})"
 
 
 def extras(spec: dict[str, Any]) -> str:

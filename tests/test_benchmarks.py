@@ -249,22 +249,61 @@ def test_wrong_results_get_no_speed_up_and_an_exit_status(monkeypatch, tmp_path,
     assert "wrong results" in capsys.readouterr().out
 
 
-def test_a_stop_leaves_the_cases_before_it_on_disk(monkeypatch, tmp_path):
-    done = []
+@pytest.fixture
+def two_cases(monkeypatch):
+    """Names of two cases, in place of all, and a function that measures nothing."""
+    measured = cases.CASES[:2]
+    monkeypatch.setattr(run, "CASES", measured)
+    monkeypatch.setattr(
+        run, "measure", lambda case, seconds: {"spec": case.spec(), "gate": "made up"}
+    )
+    return [case.name for case in measured]
 
-    def measure(case, seconds, with_memory):
-        if done:
+
+def run_all(path):
+    run.main(["--threads", str(torch.get_num_threads()), "--output", str(path)])
+
+
+def names_in(path):
+    return [case["spec"]["name"] for case in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+
+
+def test_a_stop_leaves_the_cases_before_it_and_the_results_of_an_earlier_run(
+    two_cases, results, monkeypatch
+):
+    def measure(case, seconds):
+        if case.name == two_cases[1]:
             raise KeyboardInterrupt
-        done.append(case.name)
-        return {"spec": {"name": case.name}, "gate": None, "modes": {}}
+        return measure_all(case, seconds)
 
+    measure_all = run.measure
     monkeypatch.setattr(run, "measure", measure)
-    path = tmp_path / "results.json"
+    path, before = results / "first.json", table.newest()
     with pytest.raises(KeyboardInterrupt):
-        run.main(["--threads", str(torch.get_num_threads()), "--output", str(path)])
-    left = json.loads(path.read_text(encoding="utf-8"))
-    assert [case["spec"]["name"] for case in left["cases"]] == done
-    assert left["complete"] is False
+        run_all(path)
+    assert names_in(results / "first.unfinished") == two_cases[:1]
+    assert json.loads(path.read_text(encoding="utf-8")) == before == table.newest()
+
+
+def test_the_last_case_replaces_the_results_of_an_earlier_run(two_cases, results):
+    path = results / "first.json"
+    run_all(path)
+    assert names_in(path) == two_cases and table.newest()["complete"] is True
+    assert list(results.iterdir()) == [path]
+
+
+def test_an_unknown_case_is_refused(capsys):
+    assert run.main(["--only", "no such case"]) == 2
+    assert "no case has 'no such case' in its name" in capsys.readouterr().err
+
+
+def test_texts_for_the_json_name_neither_folders_nor_the_host():
+    text = f"{run.ROOT}/csrc/a.cpp: -I/opt/x/include /usr/bin/nvcc, on {platform.node()}."
+    assert run.without_paths({"a": [text, 1]}) == {
+        "a": ["csrc/a.cpp: -I…/include …/nvcc, on <host>.", 1]
+    }
+    harmless = "tests/test_a.py::test_b 1/2 a / b // c"
+    assert run.without_paths(harmless) == harmless
 
 
 def test_every_row_of_the_table_has_every_column(report):

@@ -164,6 +164,27 @@ def test_only_all_peers_and_cases_are_complete(fake, tmp_path):
     assert study(tmp_path, "--peers", "nn_rnn")[1]["complete"] is False
 
 
+def test_a_stop_leaves_the_modes_before_it_and_the_results_of_an_earlier_run(
+    fake, tmp_path, monkeypatch
+):
+    def ask(self, method, *arguments):
+        if method == "load" and arguments[1] == "training":
+            raise KeyboardInterrupt
+        return ask_before(self, method, *arguments)
+
+    _, before = study(tmp_path, "--only", "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["peers.json"]
+    ask_before = fake.ask
+    monkeypatch.setattr(fake, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, "--only", "tiny")
+    left, kept = (
+        json.loads((tmp_path / f"peers.{end}").read_text(encoding="utf-8"))
+        for end in ("unfinished", "json")
+    )
+    assert list(left["cases"][0]["modes"]) == ["inference"] and kept == before
+
+
 def test_results_have_a_file_for_the_machine_the_threads_and_the_day(monkeypatch):
     args = compare.parse([], list(PEERS), [1, 2])
     report = compare.describe(args, "peers")

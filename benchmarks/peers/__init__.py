@@ -4,7 +4,7 @@
 A new peer is a class in a file of its own and one entry in `PEERS`.
 """
 
-from .interface import Loaded, Peer
+from .interface import Peer
 from .jax_scan import JaxScan
 from .onednn import OneDnn
 from .onnx_runtime import OnnxRuntime
@@ -28,5 +28,3 @@ PEERS: dict[str, Peer] = {
         OneDnn(),
     )
 }
-
-__all__ = ["PEERS", "Loaded", "Peer"]

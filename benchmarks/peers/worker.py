@@ -18,7 +18,7 @@ from typing import Any
 import timing
 import torch
 from cases import BenchmarkCase
-from gpu_steps import without_paths
+from run import described, without_paths
 
 from . import PEERS, reference
 from .interface import Loaded
@@ -69,8 +69,7 @@ class Runner:
                 loaded = self._peer.load(case, mode, self._threads)
                 results = loaded.results()
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0]
-            return {"not_run": without_paths(f"{type(error).__name__}: {text}")}
+            return {"not_run": without_paths(described(error))}
         numbers = reference.Reference(**torch.load(path, mmap=True))
         failure = reference.failure(self._peer, case, mode, results, numbers)
         if failure:
