@@ -8,25 +8,22 @@ import copy
 import json
 import math
 import platform
-import sys
 from pathlib import Path
 
+import cases
+import gate
+import memory
 import pytest
+import run
+import table
+import test_speed
+import timing
 import torch
 
 import fastrnn
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(FOLDER))
-import cases  # noqa: E402
-import gate  # noqa: E402
-import memory  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
-import test_speed  # noqa: E402
-import timing  # noqa: E402
 
 TINY = cases.by_name("tiny")
 README = f"# title\n\n{table.BEGIN}\n{table.END}\n\nand more\n"

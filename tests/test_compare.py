@@ -6,25 +6,22 @@ Where no processes are needed, workers are made up. Nothing looks at how large a
 
 import json
 import platform
-import sys
 from pathlib import Path
 from typing import ClassVar
 
+import busy
+import busy_table
+import compare
+import peers_table
+import plots
 import pytest
+import run
+import scaling
+import table
+from cases import CASES, MODES
+from peers import PEERS
 
 ROOT = Path(__file__).resolve().parents[1]
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import busy  # noqa: E402
-import busy_table  # noqa: E402
-import compare  # noqa: E402
-import peers_table  # noqa: E402
-import plots  # noqa: E402
-import run  # noqa: E402
-import scaling  # noqa: E402
-import table  # noqa: E402
-from cases import CASES, MODES  # noqa: E402
-from peers import PEERS  # noqa: E402
 
 
 class FakeWorker:

@@ -7,24 +7,21 @@ All but CUDA itself runs here; the steps before the measurements are in test_gpu
 import itertools
 import json
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import cases
+import gpu
+import gpu_cases
+import gpu_timing
 import pytest
+import run
 import torch
 
 import fastrnn
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(FOLDER))
-import cases  # noqa: E402
-import gpu  # noqa: E402
-import gpu_cases  # noqa: E402
-import gpu_timing  # noqa: E402
-import run  # noqa: E402
 
 TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
 OTHER = gpu_cases.make("fp16", "core", "", T=5, B=3, H=8)

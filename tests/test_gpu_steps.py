@@ -3,20 +3,17 @@
 
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
+import gpu
+import gpu_cases
+import gpu_steps
+import gpu_table
 import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(FOLDER))
-import gpu  # noqa: E402
-import gpu_cases  # noqa: E402
-import gpu_steps  # noqa: E402
-import gpu_table  # noqa: E402
 
 TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
 PASSED = {"status": "passed", "returncode": 0, "seconds": 1.0, "output": ""}

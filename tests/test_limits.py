@@ -8,24 +8,21 @@ import copy
 import json
 import platform
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import limits
+import limits_table
+import native
+import peers_table
 import pytest
+import run
+import table
 import torch
+from cases import MODES, BenchmarkCase, by_name
+from floor import floor, read, work
 
 ROOT = Path(__file__).resolve().parents[1]
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import limits  # noqa: E402
-import limits_table  # noqa: E402
-import native  # noqa: E402
-import peers_table  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
-from cases import MODES, BenchmarkCase, by_name  # noqa: E402
-from floor import floor, read, work  # noqa: E402
 
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 needs_caches = pytest.mark.skipif(

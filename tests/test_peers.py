@@ -10,19 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gate
 import pytest
 import torch
+from cases import CASES, MODES, BenchmarkCase, by_name
+from peers import PEERS, reference, worker
+from peers.interface import Loaded, Problem
+from peers.torch_modules import NnRnn
 from torch.nn.utils.rnn import PackedSequence
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-# A folder of scripts: each finds the others because Python puts a script's folder first.
-sys.path.insert(0, str(FOLDER))
-import gate  # noqa: E402
-from cases import CASES, MODES, BenchmarkCase, by_name  # noqa: E402
-from peers import PEERS, reference, worker  # noqa: E402
-from peers.interface import Loaded, Problem  # noqa: E402
-from peers.torch_modules import NnRnn  # noqa: E402
 
 TINY = by_name("tiny")
 
