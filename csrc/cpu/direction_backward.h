@@ -66,7 +66,7 @@ class DirectionBackward {
         chunk_type_(plan.own_gradients ? kType : layer.input.scalar_type()) {
     if (layer.hx.defined()) hx_ = readable(layer.hx[d], chunk_type_);
     if (grad_h_n.defined()) grad_h_n_ = readable(grad_h_n[d], kType);
-    if (wanted.hx.defined()) delta_first_ = at::zeros({layout.B, H_}, input_.options());
+    if (wanted.hx.defined()) delta_first_ = at::empty({layout.B, H_}, input_.options());
   }
 
   bool reverse() const { return d_ == 1; }
@@ -262,14 +262,8 @@ class DirectionBackward {
     return before >= 0 && before < layout_.T ? layout_.rows(before) : 0;
   }
 
-  /// Of W_ih, for multiply_part.
+  /// Of W_ih, for delta W_ih.
   Panels<T> input_panels() const { return Panels<T>(cell_.w_ih, /*transposed=*/false); }
-
-  /// grad_x = delta W_ih of a part of a chunk, by one thread; in the tensor of a whole chunk.
-  void multiply_part(const Chunk& c, Range part, const Panels<T>& w_ih,
-                     const Sequence<T>& grad_input) const {
-    multiply_steps(layout_, part, delta_of<const T>(c), w_ih.product(), grad_input);
-  }
 
   /// The weights' gradients of a chunk, where they are not made beside the walk.
   void add_weight_gradients(const Chunk& c) {
@@ -369,20 +363,13 @@ class DirectionBackward {
     const Panels<T> w_ih = input_panels();
     ProductArgs<T> a = w_ih.product();
     a.accumulate = accumulate;
-    a.rows = c.delta.numel() / H_;
-    a.x = {data_of<T>(c.delta), H_};
-    if (grad_input.is_contiguous() && grad_input.numel() == a.rows * a.N) {
-      a.out = {mutable_data_of<T>(grad_input), a.N};
-      return multiply_rows(a, plan_.parallel);
-    }
-    // Some rows of a larger batch: only those of a step are adjacent.
-    const Sequence<T> out = sequence_of<T>(layout_, grad_input, c.range.begin, 0);
-    for (int64_t t = c.range.begin; t < c.range.end; ++t) {
-      a.rows = layout_.rows(t);
-      a.out = {out.row(t, 0), out.row_stride};
-      multiply_rows(a, /*parallel=*/false);
-      a.x.data += a.rows * H_;
-    }
+    // Of a part of a packed batch: a workspace has its rows alone, the call's tensor others
+    // between.
+    const bool has_others = grad_input.numel() != c.delta.numel() / H_ * a.N;
+    multiply_steps(layout_, c.range, delta_of<const T>(c), a,
+                   sequence_of<T>(layout_, grad_input, c.range.begin, 0,
+                                  has_others ? layout_.first_row : layout_.rows_before),
+                   plan_.parallel);
   }
 
   /// Weight gradients by matrix products.
@@ -402,21 +389,19 @@ class DirectionBackward {
       add_product(sums_.w_hh, delta_t, gather_previous(c));
       return;
     }
-    const int64_t B = layout_.B, first = reverse() ? layout_.T - 1 : 0;
-    const auto rows_of = [&](const Tensor& t, int64_t origin, int64_t from, int64_t to) {
-      return t.narrow(0, (from - origin) * B, (to - from) * B);
-    };
+    const int64_t first = reverse() ? layout_.T - 1 : 0;
     const bool has_first = c.range.begin <= first && first < c.range.end;
     // Steps whose previous state is an output: all but `first`.
     const int64_t from = has_first && !reverse() ? c.range.begin + 1 : c.range.begin;
     const int64_t to = has_first && reverse() ? c.range.end - 1 : c.range.end;
     if (from < to) {
       const int64_t shift = reverse() ? 1 : -1;
-      add_product(sums_.w_hh, rows_of(rows, c.range.begin, from, to).t(),
-                  rows_of(as_rows(c.y), c.y_begin, from + shift, to + shift));
+      add_product(sums_.w_hh,
+                  as_rows(narrow_steps(layout_, c.delta, {from, to}, c.range.begin)).t(),
+                  as_rows(narrow_steps(layout_, c.y, {from + shift, to + shift}, c.y_begin)));
     }
     if (has_first && hx_.defined())
-      add_product(sums_.w_hh, rows_of(rows, c.range.begin, first, first + 1).t(), hx_);
+      add_product(sums_.w_hh, rows_at(c, first, 0, layout_.B).t(), hx_);
   }
 
   /// h_prev of packed rows, gathered: row (t, b) is y at b's previous step, or hx, or zero.

@@ -9,9 +9,6 @@ namespace fastrnn::cpu {
 
 namespace {
 
-/// Whether chunks of 16-bit tensors stay so, and are converted a few steps at a time.
-bool converts_in_parts(const Plan& plan) { return plan.converts && !plan.own_gradients; }
-
 /// delta of one chunk of each of `walks`.
 template <typename T>
 void run_recurrence(const Layout& layout, const Plan& plan, DirectionBackward<T>* walks,
@@ -25,17 +22,15 @@ void run_recurrence(const Layout& layout, const Plan& plan, DirectionBackward<T>
     return;
   }
   for (size_t d = 0; d < count; ++d) walks[d].pack();
-  if (converts_in_parts(plan)) {
-    if constexpr (std::is_same_v<T, float>) walks[0].run_converted(chunks[0]);
+  if (plan.converts && !plan.own_gradients) {  // chunks of 16 bits, converted a few steps at a time
+    walks[0].run_converted(chunks[0]);
   } else {
     std::vector<BackwardArgs<T>> args;
     for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
     run_parts(layout, plan, args, kernels<T>().backward);
+    for (size_t d = 0; d < count; ++d) walks[d].keep_states(chunks[d]);
   }
-  for (size_t d = 0; d < count; ++d) {
-    if (!converts_in_parts(plan)) walks[d].keep_states(chunks[d]);
-    walks[d].unpack();
-  }
+  for (size_t d = 0; d < count; ++d) walks[d].unpack();
 }
 
 /// All of backward for a chunk of the layers from `lowest` on, as a pipeline of parts: a layer's
@@ -83,9 +78,10 @@ void run_side_by_side(const Layout& layout, std::vector<DirectionBackward<T>>& w
     if (stage.task >= kWeightGradients)
       return products[l].add(stage.task - kWeightGradients, range_of(part),
                              walk.rows_before(range_of(part)), part == 0);
-    walk.multiply_part(c, range_of(part), w_ih[l],
-                       l > 0 ? walks[lowest + l - 1].template delta_of<T>(chunks[l - 1])
-                             : sequence_of<T>(layout, grad_input, range.begin, 0));
+    multiply_steps(layout, range_of(part), walk.template delta_of<const T>(c), w_ih[l].product(),
+                   l > 0 ? walks[lowest + l - 1].template delta_of<T>(chunks[l - 1])
+                         : sequence_of<T>(layout, grad_input, range.begin, 0),
+                   /*parallel=*/false);
   };
   run_pipeline(stages, parts_in(range, steps), threads, prepare, run);
   for (int64_t l = 0; l < count; ++l) {

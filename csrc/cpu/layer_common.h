@@ -80,7 +80,10 @@ inline Tensor converted(const Tensor& t, at::ScalarType type) {
 inline Tensor readable(const Tensor& t, at::ScalarType type) {
   if (!t.defined()) return t;
   const Tensor result = t.scalar_type() == type ? t : converted(t, type);
-  return result.stride(-1) == 1 || result.size(-1) == 1 ? result : result.contiguous();
+  if (result.stride(-1) == 1 || result.size(-1) == 1) return result;
+  const Tensor adjacent = at::empty(t.sizes(), result.options());
+  copy(result, adjacent);
+  return adjacent;
 }
 
 inline LayerShape layer_shape(const Layout& layout, const Layer& layer) {
@@ -224,22 +227,36 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   share(tiles, kTilesPerThread, run, parallel);
 }
 
-/// out = [out +] x M in some steps of all sequences: at once, or, where rows of all steps do not
-/// follow one another, one sequence after the other. a: but for rows, x and out.
+/// out = [out +] x M in some steps: at once where all rows follow one another, else by steps or by
+/// sequences, of which there are fewer. a: but for rows, x and out.
 template <typename T>
 void multiply_steps(const Layout& layout, Range steps, const Sequence<const T>& x, ProductArgs<T> a,
-                    const Sequence<T>& out) {
-  const auto is_matrix = [&](const auto& sequence) {
-    return layout.packed() || sequence.step_stride == layout.B * sequence.row_stride;
+                    const Sequence<T>& out, bool parallel) {
+  const int64_t count = steps.end - steps.begin;
+  a.rows = layout.offset(steps.end) - layout.offset(steps.begin);
+  const auto is_matrix = [&](const auto& s) {
+    return s.first_row ? s.first_row[steps.end] - s.first_row[steps.begin] == a.rows
+                       : count == 1 || s.step_stride == layout.B * s.row_stride;
   };
-  const bool at_once = is_matrix(x) && is_matrix(out);
-  a.rows =
-      at_once ? layout.offset(steps.end) - layout.offset(steps.begin) : steps.end - steps.begin;
-  for (int64_t b = 0; b < (at_once ? 1 : layout.B); ++b) {
-    a.x = {x.row(steps.begin, b), at_once ? x.row_stride : x.step_stride};
-    a.out = {out.row(steps.begin, b), at_once ? out.row_stride : out.step_stride};
-    kernels<T>().product(a);
+  if (is_matrix(x) && is_matrix(out)) {
+    a.x = {x.row(steps.begin, 0), x.row_stride};
+    a.out = {out.row(steps.begin, 0), out.row_stride};
+    return multiply_rows(a, parallel);
   }
+  const bool by_steps = layout.packed() || count < layout.B;
+  const int64_t pieces = by_steps ? count : layout.B;
+  const bool each_alone = parallel && pieces >= available_threads();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = steps.begin + (by_steps ? i : 0), b = by_steps ? 0 : i;
+      ProductArgs<T> piece = a;
+      piece.rows = by_steps ? layout.rows(t) : count;
+      piece.x = {x.row(t, b), by_steps ? x.row_stride : x.step_stride};
+      piece.out = {out.row(t, b), by_steps ? out.row_stride : out.step_stride};
+      multiply_rows(piece, parallel && !each_alone);
+    }
+  };
+  share(pieces, 1, run, each_alone);
 }
 
 /// The parts of the batch, as row bounds: equal numbers of rows x steps in each of the steps

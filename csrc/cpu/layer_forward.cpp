@@ -69,15 +69,6 @@ void copy_final_state(const Layout& layout, int64_t d, const Tensor& output, con
   }
 }
 
-/// A product of the rows of x, written to those of out. a: with its weight.
-template <typename T>
-ProductArgs<T> product_of(ProductArgs<T> a, const Tensor& x, const Tensor& out) {
-  a.rows = x.size(0);
-  a.x = matrix_of<T>(x);
-  a.out = {mutable_data_of<T>(out), out.stride(0)};
-  return a;
-}
-
 /// out = x W^T, of few rows, by threads that share the columns.
 template <typename T>
 void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, const Tensor& out) {
@@ -86,7 +77,9 @@ void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, 
   a.K = w.size(1);
   a.N = w.size(0);
   a.w = matrix_of<T>(w);
-  a = product_of(a, x, out);
+  a.rows = x.size(0);
+  a.x = matrix_of<T>(x);
+  a.out = {mutable_data_of<T>(out), out.stride(0)};
   const int64_t vector = kernels<T>().padded_columns(1), vectors = at::divup(a.N, vector);
   const auto run = [&](int64_t begin, int64_t end) {
     ProductArgs<T> part = a;
@@ -97,46 +90,19 @@ void multiply_few_rows(const Plan& plan, const Tensor& x, const Tensor& weight, 
   share(vectors, 1, run, plan.parallel);
 }
 
-/// Whether the rows of a [T, B, N] or packed tensor are at one distance from each other.
-bool is_matrix(const Tensor& t) {
-  return t.dim() == 2 || t.size(0) == 1 || t.size(1) == 1 || t.stride(0) == t.size(1) * t.stride(1);
-}
-
-/// out = x W^T, of many rows, the weight packed. x: as `is_matrix`, or of any strides (batch
-/// first), and then read as it is, by sequences or by steps, of which there are fewer.
+/// x W_ih^T, written where the outputs will be. Packed weights read an x of any strides.
 template <typename T>
-void multiply_many_rows(const Plan& plan, const Tensor& x, const Tensor& weight,
-                        const Tensor& out) {
-  const Panels<T> panels(weight, /*transposed=*/true);
-  if (is_matrix(x))
-    return multiply_rows(product_of(panels.product(), as_rows(x), as_rows(out)), plan.parallel);
-  const int64_t outer = x.size(0) < x.size(1) ? 0 : 1, count = x.size(outer);
-  const ProductArgs<T> first =
-      product_of(panels.product(), x.select(outer, 0), out.select(outer, 0));
-  const bool each_alone = plan.parallel && count >= available_threads();
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      ProductArgs<T> a = first;
-      a.x.data += i * x.stride(outer);
-      a.out.data += i * out.stride(outer);
-      multiply_rows(a, plan.parallel && !each_alone);
-    }
-  };
-  share(count, 1, run, each_alone);
-}
-
-/// Whether the input's product reads packed weights, and x of any strides.
-bool packs_for_product(const Plan& plan) { return plan.own_products && !plan.own_input_product; }
-
-/// x W_ih^T, written where the outputs will be.
-template <typename T>
-void multiply_input(const Plan& plan, const Layer& layer, const Tensor& x, const Tensor& output) {
-  const Tensor rows = packs_for_product(plan) ? x : as_rows(x);
+void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, const Tensor& x,
+                    const Tensor& output) {
+  const int64_t H = layer.hidden_size();
+  const bool packs = plan.own_products && !plan.own_input_product;
+  const Tensor rows = packs ? x : as_rows(x);
   for (int64_t d = 0; d < layer.directions(); ++d) {
-    const Tensor& w_ih = layer.cells[d].w_ih;
-    const Tensor target = narrow_direction(output, d, layer.hidden_size());
-    if (packs_for_product(plan))
-      multiply_many_rows<T>(plan, rows, w_ih, target);
+    const Tensor &w_ih = layer.cells[d].w_ih, target = narrow_direction(output, d, H);
+    if (packs)
+      multiply_steps(layout, {0, layout.T}, sequence_of<const T>(layout, x, 0, 0),
+                     Panels<T>(w_ih, /*transposed=*/true).product(),
+                     sequence_of<T>(layout, output, 0, d * H), plan.parallel);
     else if (plan.own_input_product)
       multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
     else
@@ -257,7 +223,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
   const Tensor x = readable(layers[0].input, layers[0].input.scalar_type());
   const Plan first = plan_layer(layer_shape(layout, layers[0]), available_threads());
   if (!first.fuse_input && !stack.multiplies_first)
-    multiply_input<T>(first, layers[0], x, outputs[0]);
+    multiply_input<T>(layout, first, layers[0], x, outputs[0]);
   std::vector<Plan> plans;
   std::vector<Tensor> hx;
   std::vector<Stage> stages;
@@ -291,7 +257,8 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     const Tensor& input = l > 0 ? layers[l].input : x;
     if (stage.task == kMultiply)
       return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0),
-                            w_ih[l].product(), sequence_of<T>(layout, outputs[l], 0, 0));
+                            w_ih[l].product(), sequence_of<T>(layout, outputs[l], 0, 0),
+                            /*parallel=*/false);
     ForwardArgs<T> a = forward_args<T>(layout, plans[l], layers[l], 0, *cells[l], input, hx[l],
                                        parts[part], outputs[l]);
     a.row_end = layout.B;
@@ -312,13 +279,14 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   const bool reads_state = shape.state_rows > 0;
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const int64_t D = layer.directions();
-  if (!plan.fuse_input) multiply_input<T>(plan, layer, x, output);
+  if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
   for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
   if (!plan.step_products && !plan.converts)
     return forward_native<T>(layout, plan, layer, cells, x, output);
-  const bool by_rows = plan.fuse_input && plan.row_blocks > 1 && !layout.packed();
+  const bool by_rows =
+      plan.fuse_input && plan.row_blocks > 1 && plan.column_blocks == 1 && !layout.packed();
   for (int64_t d = 0; d < D; ++d) {
     if (plan.step_products)
       forward_by_steps<T>(layout, plan, layer, d, cells[d], output);

@@ -14,28 +14,25 @@ int64_t packed_size(int64_t K, int64_t N) {
   return round_up_to_depth<T>(K) * padded_columns<T>(N);
 }
 
-/// Transposes a square of kLanes vectors, by squares of half the size in each round: a lane whose
-/// bit kSpan is set and a vector whose bit is set change places.
-template <typename V, int kSpan, int kCount>
-struct Transpose {
-  template <size_t... kLane>
-  static FASTRNN_INLINE void exchange(V& a, V& b, std::index_sequence<kLane...>) {
-    const V low =
-        __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane - kSpan : kLane)...);
-    b = __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane : kLane + kSpan)...);
-    a = low;
-  }
-  static FASTRNN_INLINE void run(V* v) {
+/// A lane of `a` whose bit kSpan is set and the lane of `b` where it is clear change places.
+template <int kSpan, typename V, size_t... kLane>
+FASTRNN_INLINE void exchange(V& a, V& b, std::index_sequence<kLane...>) {
+  constexpr size_t kCount = sizeof...(kLane);
+  const V low = __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane - kSpan : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane : kLane + kSpan)...);
+  a = low;
+}
+
+/// Transposes a square of kCount vectors, by squares of half the size in each round.
+template <int kCount, int kSpan = kCount / 2, typename V>
+FASTRNN_INLINE void transpose(V* v) {
+  if constexpr (kSpan > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i)
-      if (!(i & kSpan)) exchange(v[i], v[i + kSpan], std::make_index_sequence<kCount>());
-    Transpose<V, kSpan / 2, kCount>::run(v);
+      if (!(i & kSpan)) exchange<kSpan>(v[i], v[i + kSpan], std::make_index_sequence<kCount>());
+    transpose<kCount, kSpan / 2>(v);
   }
-};
-template <typename V, int kCount>
-struct Transpose<V, 0, kCount> {
-  static FASTRNN_INLINE void run(V*) {}
-};
+}
 
 /// One panel, of columns that are adjacent in the source: its rows as they are, or side by side.
 template <typename T>
@@ -66,7 +63,7 @@ int64_t pack_squares(const T* source, int64_t n_stride, int64_t K, int64_t width
     Vec<T> square[kCount] = {};
     for (int n = 0; n < kCount; ++n)
       if (n < width) __builtin_memcpy(&square[n], source + n * n_stride + k, sizeof(Vec<T>));
-    Transpose<Vec<T>, kCount / 2, kCount>::run(square);
+    transpose<kCount>(square);
     for (int i = 0; i < kCount; ++i)
       __builtin_memcpy(panel + (k + i * kDepth<T>)*padded, &square[i], sizeof(Vec<T>));
   }

@@ -31,22 +31,13 @@
 
 namespace {
 
-/// One step over packed weights, alone or in a team.
-template <typename T, typename Epilogue>
-FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool descending) {
-  const int64_t panels = (s.N + kPanel<T> - 1) / kPanel<T>;
-  rounds.next([&](int64_t i, int64_t n) {
-    run_panels<T, Epilogue>(s, panels * i / n, panels * (i + 1) / n, descending);
-  });
-}
-
-/// The same over weights as they are. run: one of run_unpacked_*.
+/// One step, alone or in a team: its columns in units of `width`, by run(s, unit, end, descending).
 template <typename T>
-FASTRNN_INLINE void run_step_unpacked(const Step<T>& s, Rounds& rounds, bool descending,
-                                      void (*run)(const Step<T>&, int64_t, int64_t, bool)) {
-  const int64_t vectors = (s.N + kLanes<T> - 1) / kLanes<T>;
+FASTRNN_INLINE void run_step(const Step<T>& s, Rounds& rounds, bool descending, int64_t width,
+                             void (*run)(const Step<T>&, int64_t, int64_t, bool)) {
+  const int64_t units = (s.N + width - 1) / width;
   rounds.next(
-      [&](int64_t i, int64_t n) { run(s, vectors * i / n, vectors * (i + 1) / n, descending); });
+      [&](int64_t i, int64_t n) { run(s, units * i / n, units * (i + 1) / n, descending); });
 }
 
 /// Asks for rows of the step after t, which another thread may have written: a step of one or two
@@ -91,9 +82,9 @@ void forward_loop(const ForwardArgs<T>& a) {
             s.s_panels = a.w_hh_panels;
             s.w_s = a.w_hh;
             if (unpacked)
-              run_step_unpacked<T>(s, rounds, t & 1, run_unpacked_forward<T, Act>);
+              run_step(s, rounds, t & 1, kLanes<T>, run_unpacked_forward<T, Act>);
             else
-              run_step<T, ForwardEpilogue<Act>>(s, rounds, t & 1);
+              run_step(s, rounds, t & 1, kPanel<T>, run_panels<T, ForwardEpilogue<Act>>);
           });
 }
 
@@ -120,10 +111,10 @@ void backward_loop(const BackwardArgs<T>& a) {
             fetch_next(a, a.grad_y, t, first, s.rows);
             fetch_next(a, a.y, t, first, s.rows);
             if (unpacked)
-              run_step_unpacked<T>(s, rounds, t & 1,
-                                   run_unpacked_backward<T, BackwardEpilogue<Act>>);
+              run_step(s, rounds, t & 1, kLanes<T>,
+                       run_unpacked_backward<T, BackwardEpilogue<Act>>);
             else
-              run_step<T, BackwardEpilogue<Act>>(s, rounds, t & 1);
+              run_step(s, rounds, t & 1, kPanel<T>, run_panels<T, BackwardEpilogue<Act>>);
           });
 }
 

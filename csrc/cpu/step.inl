@@ -198,13 +198,13 @@ void tile(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
   finish<T, Epilogue, R, V>(acc, s, row, column, tail);
 }
 
-/// All rows of one panel.
-template <typename T, typename Epilogue, int V>
-FASTRNN_INLINE void panel_rows(const Step<T>& s, int64_t column, int64_t tail) {
-  cut_into_tiles<FASTRNN_TILE_ROWS>(
-      0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
-        tile<T, Epilogue, decltype(rows)::value, V>(s, row, column, tail);
-      });
+/// Calls run(vectors), the number of vectors of columns, at most a tile's.
+template <int V = FASTRNN_TILE_VECTORS, typename Run>
+FASTRNN_INLINE void with_vectors(int64_t vectors, const Run& run) {
+  if constexpr (V > 1) {
+    if (vectors < V) return with_vectors<V - 1>(vectors, run);
+  }
+  run(std::integral_constant<int, V>{});
 }
 
 /// Panels [begin, end) of a step's columns, each for all rows, so that it stays in a near cache.
@@ -214,23 +214,13 @@ void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (descending ? begin + end - 1 - i : i) * kPanel<T>;
     const int64_t width = s.N - column < kPanel<T> ? s.N - column : kPanel<T>;
-    const int64_t vectors = (width + kLanes<T> - 1) / kLanes<T>;
-    const int64_t tail = width % kLanes<T>;
-    switch (vectors) {
-      case 1:
-        panel_rows<T, Epilogue, 1>(s, column, tail);
-        break;
-#if FASTRNN_TILE_VECTORS > 2
-      case 2:
-        panel_rows<T, Epilogue, 2>(s, column, tail);
-        break;
-      case 3:
-        panel_rows<T, Epilogue, 3>(s, column, tail);
-        break;
-#endif
-      default:
-        panel_rows<T, Epilogue, FASTRNN_TILE_VECTORS>(s, column, tail);
-    }
+    with_vectors((width + kLanes<T> - 1) / kLanes<T>, [&](auto v) __attribute__((always_inline)) {
+      cut_into_tiles<FASTRNN_TILE_ROWS>(
+          0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+            tile<T, Epilogue, decltype(rows)::value, decltype(v)::value>(s, row, column,
+                                                                         width % kLanes<T>);
+          });
+    });
   }
 }
 

@@ -8,25 +8,19 @@ namespace {
 /// sums[j] = sum over the lanes of acc[j], for as many j as a vector has lanes. Halves the number
 /// of vectors in each round: where bit kSpan of a lane is clear the result goes on with acc[i],
 /// where it is set with acc[i + kSpan], each as the sum of two lanes.
-template <typename T, int kSpan>
-struct LaneSums {
-  template <size_t... kLane>
-  static FASTRNN_INLINE Vec<T> merge(Vec<T> a, Vec<T> b, std::index_sequence<kLane...>) {
-    constexpr int kCount = static_cast<int>(kLanes<T>);
-    return __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane - kSpan : kLane)...) +
-           __builtin_shufflevector(a, b, (kLane & kSpan ? kCount + kLane : kLane + kSpan)...);
-  }
-  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) {
+template <typename T, int kSpan = kLanes<T> / 2>
+FASTRNN_INLINE Vec<T> lane_sums(Vec<T>* acc) {
+  if constexpr (kSpan > 0) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kSpan; ++i)
-      acc[i] = merge(acc[i], acc[i + kSpan], std::make_index_sequence<kLanes<T>>());
-    return LaneSums<T, kSpan / 2>::of(acc);
+    for (int i = 0; i < kSpan; ++i) {
+      exchange<kSpan>(acc[i], acc[i + kSpan], std::make_index_sequence<kLanes<T>>());
+      acc[i] += acc[i + kSpan];
+    }
+    return lane_sums<T, kSpan / 2>(acc);
+  } else {
+    return acc[0];
   }
-};
-template <typename T>
-struct LaneSums<T, 0> {
-  static FASTRNN_INLINE Vec<T> of(Vec<T>* acc) { return acc[0]; }
-};
+}
 
 /// Rows of a weight that are read side by side, and so many vectors of each at a time: enough sums
 /// to hide the latency of the multiply-add, few enough streams for the processor to read ahead.
@@ -109,7 +103,7 @@ void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width)
   if (s.K != 0)
     add_dot_products<T, R>(sums, from_row(s.s, row), from_row(s.w_s, column), width, s.K);
   Vec<T> acc[R][1];
-  for (int r = 0; r < R; ++r) acc[r][0] = LaneSums<T, kLanes<T> / 2>::of(sums[r]);
+  for (int r = 0; r < R; ++r) acc[r][0] = lane_sums<T>(sums[r]);
   if (s.I != 0 && s.x_panels != nullptr) add_packed_input<T, R>(acc, s, row, column);
   finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
 }
@@ -161,11 +155,13 @@ void combine_rows(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
 template <typename T, typename Epilogue, int R, int V>
 void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
                      int64_t k, int64_t end) {
-  Vec<T> acc[R][V];
+  Vec<T> acc[R][V] = {};
+  if (k != 0) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+      for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
+    }
   }
   const Matrix<const T> w = s.w_s;
   int64_t whole = end;
@@ -198,7 +194,7 @@ void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
   for (int64_t first = 0, last; first < s.rows; first = last) {
     // No few rows alone, as in product().
     last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
-    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
+    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V];  // written before they are read
     int64_t k = 0;
     do {  // a step without a previous state has no terms, but an end
       const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;

@@ -153,16 +153,6 @@ void outer_tile(const Run<T>* runs, int64_t count, int64_t v_begin, int64_t tail
   add_transposed(sums, tail != 0 ? (V - 1) * kLanes<T> + tail : V * kLanes<T>, out);
 }
 
-/// V vectors, all scalars in [s, s_end).
-template <typename T, int V>
-FASTRNN_INLINE void outer_scalars(const Run<T>* runs, int64_t count, int64_t v, int64_t tail,
-                                  int64_t s, int64_t s_end, OuterBlock<Sum<T>> out) {
-  cut_into_tiles<FASTRNN_TILE_ROWS>(
-      s, s_end, [&](auto scalars, int64_t first) __attribute__((always_inline)) {
-        outer_tile<T, decltype(scalars)::value, V>(runs, count, v, tail, first, out);
-      });
-}
-
 /// out += vectors^T scalars over all rows, for the vectors' columns [v, v_end) and the scalars'
 /// columns [s, s_end).
 template <typename T>
@@ -170,22 +160,13 @@ void outer_product(const Run<T>* runs, int64_t count, int64_t v, int64_t v_end, 
                    int64_t s_end, OuterBlock<Sum<T>> out) {
   for (; v < v_end; v += kPanel<T>) {
     const int64_t width = smaller(kPanel<T>, v_end - v);
-    const int64_t tail = width % kLanes<T>;
-    switch ((width + kLanes<T> - 1) / kLanes<T>) {
-      case 1:
-        outer_scalars<T, 1>(runs, count, v, tail, s, s_end, out);
-        break;
-#if FASTRNN_TILE_VECTORS > 2
-      case 2:
-        outer_scalars<T, 2>(runs, count, v, tail, s, s_end, out);
-        break;
-      case 3:
-        outer_scalars<T, 3>(runs, count, v, tail, s, s_end, out);
-        break;
-#endif
-      default:
-        outer_scalars<T, FASTRNN_TILE_VECTORS>(runs, count, v, tail, s, s_end, out);
-    }
+    with_vectors((width + kLanes<T> - 1) / kLanes<T>, [&](auto n) __attribute__((always_inline)) {
+      cut_into_tiles<FASTRNN_TILE_ROWS>(
+          s, s_end, [&](auto scalars, int64_t first) __attribute__((always_inline)) {
+            outer_tile<T, decltype(scalars)::value, decltype(n)::value>(
+                runs, count, v, width % kLanes<T>, first, out);
+          });
+    });
   }
 }
 
