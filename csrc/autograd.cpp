@@ -59,8 +59,10 @@ struct Saved {
     tensors.insert(tensors.end(), weights.begin(), weights.end());
     tensors.insert(tensors.end(), layer_outputs.begin(), layer_outputs.end());
     ctx->save_for_backward(std::move(tensors));
-    // Not among the tensors: hooks that store these in another way expect what has a gradient.
-    ctx->saved_data["batch_sizes"] = batch_sizes;
+    // Not among the tensors: hooks that store these in another way expect what has a gradient. So
+    // nothing would notice that the caller edits it: a copy.
+    ctx->saved_data["batch_sizes"] =
+        batch_sizes.has_value() ? OptionalTensor(batch_sizes->clone()) : OptionalTensor();
     ctx->saved_data["options"] =
         std::vector<int64_t>{options.nonlinearity == "relu", options.bias, options.num_layers,
                              options.bidirectional, batch_first};

@@ -158,7 +158,7 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
 
   const int64_t lowest = lowest_layer(needs, D * options.weights_per_cell());
   const int64_t count = options.num_layers - lowest;
-  const int64_t together = D == 1 && engine.takes_stacks ? count : 1;
+  const int64_t together = D == 1 && engine.stack_forward != nullptr ? count : 1;
   Tensor grad_y = grad_output.value_or(Tensor());
   for (int64_t top = options.num_layers; top > lowest; top -= together) {
     const int64_t first = top - together;

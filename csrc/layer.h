@@ -66,10 +66,9 @@ struct Engine {
                         const Tensor& h_n);
   /// Returns the gradients of every cell, undefined where not wanted.
   std::vector<Cell> (*layers_backward)(const BackwardPass& pass);
-  bool takes_stacks = false;  // a pass may have several layers
-  // Forward of all layers of a stack in one direction at once, each reading the output of the one
-  // before; or null. runs_side_by_side: whether layers that begin with `first` do so. h_n
-  // [layers, B, H].
+  // An engine that has these two takes passes of several layers in layers_backward, too. Forward of
+  // all layers of a stack in one direction at once, each reading the output of the one before;
+  // runs_side_by_side: whether layers that begin with `first` do so. h_n [layers, B, H].
   bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers,
                             bool keep) = nullptr;
   void (*stack_forward)(const Layout& layout, const std::vector<Layer>& layers,

@@ -127,6 +127,8 @@ py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions
   TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H > 0 && directions > 0 && num_layers > 0,
                     "cpu_plan: T, H, directions and num_layers must be positive, B and I not "
                     "negative");
+  TORCH_CHECK_VALUE(!rows.has_value() || (*rows >= B && *rows <= T * B),
+                    "cpu_plan: rows must be from B to T * B");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
   fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
   shape.total_rows = rows.value_or(T * B);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Argument checks, worded as nn.RNN words them, and the calls through the dispatcher. Each operator
-// checks its own arguments, since each can be called by itself; nothing below them checks again.
+// checks its own arguments, since each can be called by itself; nothing below them checks again,
+// but for the dtype.
 #include "rnn.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

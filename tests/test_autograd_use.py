@@ -54,6 +54,15 @@ class TestLifetime:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             h_n.sum().backward()
 
+    def test_batch_sizes_may_be_changed_in_place_before_backward(self):
+        def compute(module, x, hx):
+            sizes = torch.tensor([3, 1])
+            output, _ = module(PackedSequence(x.flatten(0, 1)[:4], sizes))
+            sizes.fill_(2)
+            return grad(weighted(output.data), [x, *module.parameters()])
+
+        of_both(compute)
+
     def test_results_may_be_changed_in_place_before_backward(self):
         def compute(module, x, hx):
             output, h_n = module(x, hx)

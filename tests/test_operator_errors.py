@@ -123,6 +123,8 @@ def test_the_operator_says_which_dtypes_it_does_not_take(dtype):
         (1, 1, 1, 1, 0),
         (1, 1, 1, 1, 1, torch.int64),
         (1, 1, 1, 1, 1, torch.float32, False, 0),
+        (2, 3, 1, 1, 1, torch.float32, False, 1, 2),
+        (2, 3, 1, 1, 1, torch.float32, False, 1, 7),
     ],
 )
 def test_a_plan_is_made_for_possible_sizes_only(sizes):

@@ -438,10 +438,11 @@ class DirectionBackward {
   const int64_t d_, H_;
   const std::array<bool, 4> wanted_;
   const at::ScalarType chunk_type_;
-  Tensor hx_, grad_h_n_;   // [B, H] or undefined; hx_ as chunks, grad_h_n_ in T
-  Panels<T> w_hh_panels_;  // of W_hh, untransposed, in T; between pack and unpack, as is
-  Tensor w_hh_;            // W_hh itself
-  Tensor carry_;           // delta of the last step walked, [carry_rows_, H]; in T for the kernels
+  Tensor hx_, grad_h_n_;  // [B, H] or undefined; hx_ as chunks, grad_h_n_ in T
+  // W_hh for the kernels, untransposed, in T, between pack() and unpack(): packed, or as it is.
+  Panels<T> w_hh_panels_;
+  Tensor w_hh_;
+  Tensor carry_;  // delta of the last step walked, [carry_rows_, H]; in T for the kernels
   int64_t carry_rows_ = 0;
   Tensor delta_first_;  // [B, H] delta at each row's first forward step; undefined if not wanted
   Cell sums_;           // undefined before the first chunk; b_hh is not used

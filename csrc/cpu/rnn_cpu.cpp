@@ -9,8 +9,8 @@ namespace fastrnn {
 
 namespace {
 
-constexpr Engine kEngine{cpu::layer_forward, cpu::layers_backward, /*takes_stacks=*/true,
-                         cpu::runs_side_by_side, cpu::stack_forward};
+constexpr Engine kEngine{cpu::layer_forward, cpu::layers_backward, cpu::runs_side_by_side,
+                         cpu::stack_forward};
 
 ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                               const OptionalTensor& batch_sizes, std::string_view nonlinearity,

@@ -155,13 +155,11 @@ void combine_rows(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
 template <typename T, typename Epilogue, int R, int V>
 void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
                      int64_t k, int64_t end) {
-  Vec<T> acc[R][V] = {};
-  if (k != 0) {
+  Vec<T> acc[R][V];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
-    }
+    for (int v = 0; v < V; ++v) acc[r][v] = sums[r][v];
   }
   const Matrix<const T> w = s.w_s;
   int64_t whole = end;
@@ -194,7 +192,7 @@ void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
   for (int64_t first = 0, last; first < s.rows; first = last) {
     // No few rows alone, as in product().
     last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
-    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V];  // written before they are read
+    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
     int64_t k = 0;
     do {  // a step without a previous state has no terms, but an end
       const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;

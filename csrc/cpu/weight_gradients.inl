@@ -35,7 +35,7 @@ struct Columns {
 
 /// Part number `part` of N columns: whole vectors, but for the last.
 template <typename T>
-Columns share(int64_t N, int64_t part, int64_t parts) {
+Columns columns_of_part(int64_t N, int64_t part, int64_t parts) {
   const auto bound = [&](int64_t i) {
     return smaller((N + kLanes<T> - 1) / kLanes<T> * i / parts * kLanes<T>, N);
   };
@@ -190,7 +190,7 @@ class OuterProduct {
       const int64_t room = smaller(room_ - rows_, kOuterRows<T> - rows_ % kOuterRows<T>);
       const int64_t count = smaller(rows, room);
       append({count, along_k_ ? a : delta, along_k_ ? delta : a});
-      if (rows_ == room_ || count_ == kMostRuns) multiply_rows();
+      if (rows_ == room_ || count_ == kMostRuns) multiply_collected();
       delta = from_row(delta, count);
       a = from_row(a, count);
       rows -= count;
@@ -199,7 +199,7 @@ class OuterProduct {
 
   /// Multiplies what is left.
   void finish() {
-    if (count_ > 0) return multiply_rows();
+    if (count_ > 0) return multiply_collected();
     if (out_.overwrites) clear();
   }
 
@@ -207,7 +207,7 @@ class OuterProduct {
   static constexpr int64_t kMostRuns = kOuterRows<T>;
 
   /// Multiplies what has been collected.
-  __attribute__((noinline)) void multiply_rows() {
+  __attribute__((noinline)) void multiply_collected() {
     if constexpr (kPacks<T>)
       multiply_packed();
     else
@@ -359,16 +359,17 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
     while (a.parts / across > (a.H + kLanes<T> - 1) / kLanes<T> && 2 * across * kPanel<T> <= K &&
            a.parts % (2 * across) == 0)
       across *= 2;
-    return OuterProduct<T>(share<T>(a.H, a.part / across, a.parts / across),
-                           share<T>(K, a.part % across, across), out, K, a.overwrites, a.workspace,
-                           a.packed_rows);
+    return OuterProduct<T>(columns_of_part<T>(a.H, a.part / across, a.parts / across),
+                           columns_of_part<T>(K, a.part % across, across), out, K, a.overwrites,
+                           a.workspace, a.packed_rows);
   };
   const Steps& steps = a.steps;
   const int64_t* first_row = a.delta.first_row;
   int64_t rows = first_row ? first_row[steps.end] - first_row[steps.begin]
                            : (steps.end - steps.begin) * steps.batch;
   if (a.grad_b != nullptr)
-    sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), share<T>(a.H, a.part, a.parts), a.grad_b);
+    sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), columns_of_part<T>(a.H, a.part, a.parts),
+                a.grad_b);
 
   OuterProduct<T> of_input = product(a.grad_w_ih, a.I), of_state = product(a.grad_w_hh, a.H);
   const auto add = [&](int64_t count, int64_t t, int64_t row, Matrix<const T> previous) {
