@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -185,6 +186,8 @@ def execute(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Ignored in what a shell runs in the background.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
             try:
                 code = process.wait(max(limit, 0))
