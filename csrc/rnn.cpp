@@ -135,10 +135,11 @@ void check_weight_count(int64_t count, const RnnOptions& options) {
 /// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
 bool has_values(const Tensor& t) { return !t.is_meta() && !t.key_set().has_any(c10::python_ks); }
 
-void check_is_batch_sizes(const Tensor& batch_sizes) {
+/// `known`: it has values that can be looked at.
+void check_is_batch_sizes(const Tensor& batch_sizes, bool known) {
   TORCH_CHECK_INDEX(batch_sizes.sym_numel() > 0,
                     "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
-  if (!has_values(batch_sizes)) return;
+  if (!known) return;
   TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
               c10::toString(batch_sizes.scalar_type()),
               ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
@@ -191,7 +192,7 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
 
   const bool known_sizes = packed && has_values(*batch_sizes);
   if (packed) {
-    check_is_batch_sizes(*batch_sizes);
+    check_is_batch_sizes(*batch_sizes, known_sizes);
   } else {
     TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3,
                       "RNN: Expected input to be 2D or 3D, got ", input.dim(),

@@ -96,17 +96,20 @@ void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, 
                     const Tensor& output) {
   const int64_t H = layer.hidden_size();
   const bool packs = plan.own_products && !plan.own_input_product;
-  const Tensor rows = packs ? x : as_rows(x);
+  const Tensor rows = packs ? Tensor() : as_rows(x);
   for (int64_t d = 0; d < layer.directions(); ++d) {
-    const Tensor &w_ih = layer.cells[d].w_ih, target = narrow_direction(output, d, H);
-    if (packs)
+    const Tensor& w_ih = layer.cells[d].w_ih;
+    if (packs) {
       multiply_steps(layout, {0, layout.T}, sequence_of<const T>(layout, x, 0, 0),
                      Panels<T>(w_ih, /*transposed=*/true).product(),
                      sequence_of<T>(layout, output, 0, d * H), plan.parallel);
-    else if (plan.own_input_product)
-      multiply_few_rows<T>(plan, rows, w_ih, as_rows(target));
+      continue;
+    }
+    const Tensor target = as_rows(narrow_direction(output, d, H));
+    if (plan.own_input_product)
+      multiply_few_rows<T>(plan, rows, w_ih, target);
     else
-      multiply(rows, w_ih.t(), as_rows(target));
+      multiply(rows, w_ih.t(), target);
   }
 }
 
