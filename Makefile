@@ -8,6 +8,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
+# Two pips must not run in one environment at once.
+.NOTPARALLEL:
 .PHONY: demo test lint bench peers scaling busy limits plots gpu clean
 
 $(VENV)/pip:

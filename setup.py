@@ -18,9 +18,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ModuleNotFoundError:
+    raise SystemExit(
+        "fastrnn: install torch first, then use pip install --no-build-isolation"
+    ) from None
 
 ROOT = Path(__file__).parent
 DEBUG = os.environ.get("DEBUG", "0") == "1"
@@ -151,10 +157,17 @@ def extension(cuda: bool, reason: str) -> Extension:
 
 def main() -> None:
     """Decide and build."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise SystemExit(f"fastrnn: torch 2.11 or newer is needed, not {torch.__version__}")
     cuda, reason = decide_cuda(gather_facts())
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
-    setup(ext_modules=[extension(cuda, reason)], cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=[extension(cuda, reason)],
+        cmdclass={"build_ext": BuildExtension},
+        # Only ninja looks at headers and flags; without it nothing would be built anew for them.
+        options={"build_ext": {"force": True}},
+    )
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ inline Tensor as_rows(const Tensor& t) {
 
 /// destination = source, both contiguous and of one type.
 inline void copy_contiguous(const Tensor& source, const Tensor& destination) {
-  if (!source.is_cpu()) {
+  if (!source.is_cpu() || source.numel() == 0) {
     destination.copy_(source);
     return;
   }

@@ -103,7 +103,7 @@ bool is_plain_tensor(PyObject* object) {
 bool is_ordinary_call(py::handle input, const py::sequence& weights, py::handle hx) {
   if (!is_plain_eager() || !is_plain_tensor(input.ptr())) return false;
   if (!hx.is_none() && !is_plain_tensor(hx.ptr())) return false;
-  for (py::handle weight : weights)
+  for (const py::object weight : weights)  // which a sequence may make anew
     if (!is_plain_tensor(weight.ptr())) return false;
   return true;
 }
@@ -111,7 +111,11 @@ bool is_ordinary_call(py::handle input, const py::sequence& weights, py::handle 
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
+#ifdef __clang__
   info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

@@ -9,6 +9,7 @@
 #include <c10/core/SymInt.h>
 #include <torch/library.h>
 
+#include <array>
 #include <string>
 
 namespace fastrnn {
@@ -64,17 +65,17 @@ std::string hidden_layout(const RnnOptions& options, bool unbatched, const c10::
 void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batch,
                   const RnnOptions& options, const c10::SymInt& hidden_size, bool unbatched,
                   bool batch_first) {
-  const int64_t rows = options.num_layers * options.directions();
+  const std::array<c10::SymInt, 3> expected{options.num_layers * options.directions(), batch,
+                                            hidden_size};
   auto sizes = hx.sym_sizes().vec();
   if (unbatched) sizes.insert(sizes.begin() + 1, 1);
-  if (!(sizes[0] == rows && sizes[1] == batch && sizes[2] == hidden_size)) {
-    TORCH_CHECK(
-        false, "Expected hidden size (", rows, ", ", batch, ", ", hidden_size, "), got ",
-        c10::SymIntArrayRef(sizes), ". For this ", unbatched ? "unbatched " : "",
-        "input hx must be ", hidden_layout(options, unbatched, batch, hidden_size),
-        batch_first ? ", also with batch_first=True, which applies to input and output only" : "",
-        ". hx was ", c10::SymIntArrayRef(hx.sym_sizes()), ".");
-  }
+  TORCH_CHECK(
+      c10::SymIntArrayRef(sizes) == c10::SymIntArrayRef(expected), "Expected hidden size (",
+      expected[0], ", ", batch, ", ", hidden_size, "), got ", c10::SymIntArrayRef(sizes),
+      ". For this ", unbatched ? "unbatched " : "", "input hx must be ",
+      hidden_layout(options, unbatched, batch, hidden_size),
+      batch_first ? ", also with batch_first=True, which applies to input and output only" : "",
+      ". hx was ", hx.sym_sizes(), ".");
   TORCH_CHECK(hx.scalar_type() == input.scalar_type(),
               "mat1 and mat2 must have the same dtype, but got ", c10::toString(hx.scalar_type()),
               " and ", c10::toString(input.scalar_type()), ". The initial hidden state hx is ",
@@ -94,16 +95,11 @@ void check_weights(const Tensor& input, at::TensorList weights, const RnnOptions
         const Tensor& w = weights[start + i];
         TORCH_CHECK_TYPE(w.defined(), "expected Tensor as element ", start + i,
                          " in argument 2, but got NoneType");
-        const bool right = i < 2 ? w.dim() == 2 && w.sym_size(0) == hidden_size &&
-                                       w.sym_size(1) == (i == 0 ? input_size : hidden_size)
-                                 : w.dim() == 1 && w.sym_size(0) == hidden_size;
-        TORCH_CHECK(right, "weight ", start + i, " (layer ", layer, ", direction ", direction,
-                    ") has shape ", w.sym_sizes(), ", expected ", i < 2 ? "(" : "", hidden_size,
-                    i < 2 ? ", " : "",
-                    i == 0   ? c10::str(input_size)
-                    : i == 1 ? c10::str(hidden_size)
-                             : "",
-                    i < 2 ? ")" : "", " for w_ih (H, I), w_hh (H, H), b_ih (H) and b_hh (H).");
+        const std::array<c10::SymInt, 2> matrix{hidden_size, i == 0 ? input_size : hidden_size};
+        const c10::SymIntArrayRef expected(matrix.data(), i < 2 ? 2 : 1);  // a bias has no columns
+        TORCH_CHECK(w.sym_sizes() == expected, "weight ", start + i, " (layer ", layer,
+                    ", direction ", direction, ") has shape ", w.sym_sizes(), ", expected ",
+                    expected, " for w_ih (H, I), w_hh (H, H), b_ih (H) and b_hh (H).");
         TORCH_CHECK(w.device() == input.device(),
                     "Input and parameter tensors are not at the same device, found input tensor "
                     "at ",
@@ -128,8 +124,10 @@ void check_weight_count(int64_t count, const RnnOptions& options) {
               : count % per_layer != 0
                   ? "Odd number of params or hiddens given to a bidirectional RNN"
                   : "Expected more weights in stacked_rnn",
-              ": got ", count, ", but num_layers=", options.num_layers, ", bias=", options.bias,
-              ", bidirectional=", options.bidirectional, " take ", per_layer, " for each layer.");
+              ": got ", count, ", but num_layers=", options.num_layers,
+              ", bias=", options.bias ? "True" : "False",
+              ", bidirectional=", options.bidirectional ? "True" : "False", " take ", per_layer,
+              " for each layer.");
 }
 
 /// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
@@ -220,9 +218,6 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
               input.sym_size(-1), ". The last dimension of input holds the features.");
   if (known_sizes) check_rows(*batch_sizes, input);
   if (hx.has_value()) {
-    TORCH_CHECK(hx->dim() == (unbatched ? 2 : 3), "Expected hidden size (",
-                options.num_layers * options.directions(), ", ", batch, ", ", hidden_size,
-                "), got ", hx->sym_sizes(), ".");
     check_hidden(*hx, input, batch, options, hidden_size, unbatched, batch_first);
     TORCH_CHECK(hx->device() == input.device(),
                 "Input and hidden tensors are not at the same device, found input tensor at ",
@@ -244,7 +239,7 @@ void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList
 void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                     const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                     const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
-                    const RnnOptions& options, size_t needs) {
+                    const RnnOptions& options, size_t needs_count) {
   check_forward(input, hx, weights, batch_sizes, options);
   const auto check = [&](const Tensor& t, at::IntArrayRef sizes, const char* name) {
     TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == input.scalar_type() &&
@@ -254,10 +249,10 @@ void check_backward(const OptionalTensor& grad_output, const OptionalTensor& gra
                 dtype_name(t.scalar_type()), " on ", t.device());
   };
   TORCH_CHECK(static_cast<int64_t>(layer_outputs.size()) == options.num_layers &&
-                  needs == weights.size() + 2,
+                  needs_count == weights.size() + 2,
               "fastrnn::rnn_backward: one layer output for each layer and one need for input, hx "
               "and each weight are expected, got ",
-              layer_outputs.size(), " and ", needs);
+              layer_outputs.size(), " and ", needs_count);
   const int64_t D = options.directions(), H = weights[1].size(0);
   const int64_t B =
       batch_sizes.has_value() ? batch_sizes->select(0, 0).item<int64_t>() : input.size(1);

@@ -2,16 +2,15 @@
 //
 // The C++ face of the operators, and what they share. Device-independent.
 //
-//   rnn              what users call: any layout of nn.RNN, checked here, differentiable
-//   check_arguments  those checks alone
-//   rnn_forward      checked arguments, time-major or packed, no autograd: one kernel per device
+//   rnn              what users call: any layout of nn.RNN, differentiable
+//   check_arguments  its checks alone
+//   rnn_forward      time-major or packed, no autograd; checks for itself: one kernel per device
 //   rnn_backward     the derivative of rnn_forward, likewise
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
-#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -52,16 +51,16 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
                      const OptionalTensor& batch_sizes, const RnnOptions& options,
                      bool batch_first);
 
-/// The same for the arguments of rnn_forward and of rnn_backward; `needs` is their number.
+/// The same for the arguments of rnn_forward and of rnn_backward; needs_count: of its `needs`.
 void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                    const OptionalTensor& batch_sizes, const RnnOptions& options);
 void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
                     const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                     const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
-                    const RnnOptions& options, size_t needs);
+                    const RnnOptions& options, size_t needs_count);
 
-/// output [T, B, D*H] contiguous or [N, D*H] packed; h_n [L*D, B, H]; layer_outputs: the L layers'
-/// outputs, copies that no caller can write to, empty unless `keep`.
+/// output [T, B, D*H] contiguous or [N, D*H] packed; h_n [L*D, B, H]; layer_outputs: what the L
+/// layers wrote, empty unless `keep`. `output` is then a copy of the last, which a caller may edit.
 using ForwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
 /// grad_input, grad_hx, one gradient per weight. Where `needs` says no, the first two are undefined
@@ -80,7 +79,7 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                             const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
                             const RnnOptions& options, const std::vector<bool>& needs);
 
-/// The user's layout -> time-major [T, B, I] and [L*D, B, H] views, and back.
+/// A user's input -> a time-major [T, B, I] or packed view; an output [T, B, D*H] -> the user's.
 Tensor to_time_major(const Tensor& input, bool packed, bool batch_first);
 Tensor from_time_major(const Tensor& output, bool packed, bool unbatched, bool batch_first);
 

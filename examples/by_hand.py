@@ -3,11 +3,13 @@
 
     h_t = tanh(2 x_t + 4 + 3 h_{t-1} + 5),   h_0 = 0
 
-Prints plain Python, torch.nn.RNN and fastrnn.RNN side by side, step by step.
+Prints plain Python, torch.nn.RNN and fastrnn.RNN side by side, step by step. With weights as large
+as these tanh is 1 to nine digits at once; to see a state grow, try 0.1, 0.5, 0 and 0.
 """
 
 import math
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -25,7 +27,7 @@ def by_hand() -> list[float]:
     return states
 
 
-def by_module(kind: type[torch.nn.RNNBase]) -> list[float]:
+def by_module(kind: Callable[..., torch.nn.RNNBase]) -> list[float]:
     rnn = kind(1, 1, 1)  # input_size, hidden_size, num_layers
     with torch.no_grad():
         parameters = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)

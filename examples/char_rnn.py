@@ -20,6 +20,7 @@ import statistics
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class CharacterModel(nn.Module):
 
     def __init__(
         self,
-        rnn_class: type[nn.RNNBase],
+        rnn_class: Callable[..., nn.RNNBase],
         characters: int,
         hidden: int,
         layers: int,
@@ -145,7 +146,7 @@ class Run:
 
 
 def make_runs(args: argparse.Namespace, characters: int) -> dict[str, Run]:
-    variants: dict[str, type[nn.RNNBase]] = {"fastrnn.RNN": fastrnn.RNN}
+    variants: dict[str, Callable[..., nn.RNNBase]] = {"fastrnn.RNN": fastrnn.RNN}
     if args.compare:
         variants = {"torch.nn.RNN": nn.RNN, **variants}
     runs = {}

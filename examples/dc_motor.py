@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def make_data(samples: int, window: int, stride: int, seed: int, dtype: torch.dt
 class MotorModel(nn.Module):
     """relu RNN over a window of voltage; a linear head over all its states."""
 
-    def __init__(self, rnn_class: type[nn.RNNBase], hidden: int, window: int) -> None:
+    def __init__(self, rnn_class: Callable[..., nn.RNNBase], hidden: int, window: int) -> None:
         super().__init__()
         self.rnn = rnn_class(1, hidden, batch_first=True, nonlinearity="relu")
         self.head = nn.Linear(window * hidden, 2)

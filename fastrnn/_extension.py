@@ -6,6 +6,7 @@ can tell what is wrong; the first use of anything in the extension raises it.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,30 @@ class _Missing:
 
     def __getattr__(self, name: str) -> Any:
         raise ImportError(
-            f"fastrnn._C could not be loaded: {load_error}. This is torch {torch.__version__}; "
-            "build fastrnn for it with `pip install --no-build-isolation .`"
+            f"fastrnn._C could not be loaded: {load_error}. This is torch {torch.__version__} and "
+            f"the fastrnn in {_FOLDER}: build it with `pip install --no-build-isolation --editable "
+            ".` in its checkout or, if another is installed, start Python in another folder"
         ) from load_error
 
 
-load_error: Exception | None = None
+_FOLDER = Path(__file__).parent
+
+
+def _load() -> Any:
+    """The extension. Raises ImportError, also for one of other sources or of another torch."""
+    extension = import_module("fastrnn._C")
+    file = Path(str(extension.__file__))
+    if not file.parent.samefile(_FOLDER):
+        raise ImportError(f"{file} was built from other sources")
+    built = extension.build_info()["torch"]
+    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(f"it was built for torch {built}")
+    return extension
+
+
+load_error: ImportError | None = None
 C: Any = _Missing()
 try:
-    C = import_module("fastrnn._C")
+    C = _load()
 except ImportError as error:
     load_error = error

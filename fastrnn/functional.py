@@ -23,9 +23,26 @@ _FUSED_DEVICES = frozenset(() if _extension.load_error else _extension.C.device_
 def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -> bool:
     """Whether the fused operators take this call; if not, PyTorch's own path does.
 
-    They take ordinary strided tensors on the CPU, and on a GPU if fastrnn was built with CUDA,
-    outside of function transforms (torch.func), forward-mode derivatives, tracing, export and modes
-    that watch every operator.
+    They take ordinary strided tensors of float32, float64, float16 and bfloat16 on the CPU, and, if
+    fastrnn was built with CUDA, on a GPU of compute capability 8.0 or above: outside of function
+    transforms (torch.func), forward-mode derivatives, tracing, export and modes that watch every
+    operator.
+
+    Parameters
+    ----------
+    input : Tensor or PackedSequence
+    weights : sequence of Tensor
+    hx : Tensor or None
+        As for `rnn`.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    ImportError
+        The extension could not be loaded.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -34,6 +51,8 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
         if _only_mode_is_default_device():
             with torch.overrides._pop_mode_temporarily():
                 return takes_fused_path(input, weights, hx)
+    if isinstance(input, PackedSequence):
+        input = input.data
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if compiling:
@@ -124,9 +143,16 @@ def rnn(
     Raises
     ------
     ValueError
-        `input` has a wrong rank, or another dtype than the weights.
+        `input` has a wrong rank or another dtype than the weights, `nonlinearity` is unknown,
+        `num_layers` is below 1, or the weights have no hidden features.
+    TypeError
+        A weight is None, or an option has a wrong type.
+    IndexError
+        A packed `input` has no batch sizes.
     RuntimeError
-        A size, dtype or device does not fit.
+        A size, dtype, device or the number of weights does not fit.
+    ImportError
+        The extension could not be loaded.
     """
     packed = isinstance(input, PackedSequence)
     tensor, batch_sizes = (input.data, input.batch_sizes) if packed else (input, None)

@@ -27,6 +27,7 @@ SHAPES = ((100, 1, 64, 64), (100, 32, 128, 128), (50, 64, 512, 512))
 ENVIRONMENT = (
     "ATEN_CPU_CAPABILITY",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "FASTRNN_CUDA_TIER",
@@ -129,21 +130,9 @@ def _extension_state() -> dict[str, Any]:
     return {"loaded": False, "error": _describe(_extension.load_error), "files": built}
 
 
-def _build() -> dict[str, Any] | None:
-    if _extension.load_error is not None:
-        return None
-    from fastrnn import _C
-
-    return _C.build_info()
-
-
 def _cpu_capability() -> dict[str, str | None]:
     """Instruction sets in use; both obey ATEN_CPU_CAPABILITY."""
-    ours = None
-    if _extension.load_error is None:
-        from fastrnn import _C
-
-        ours = _C.cpu_capability()
+    ours = None if _extension.load_error else _extension.C.cpu_capability()
     return {"fastrnn": ours, "torch": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -151,38 +140,30 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _cpu_plan() -> dict[str, str] | None:
+def _cpu_plan() -> dict[str, str]:
     """How layers of SHAPES run: what the plan says yes to, and the parts of the batch."""
-    if _extension.load_error is not None:
-        return None
-    from fastrnn import _C
-
     plans = {}
     for shape in SHAPES:
-        plan = _C.cpu_plan(*shape)
+        plan = _extension.C.cpu_plan(*shape)
         taken = [name.replace("_", " ") for name, value in plan.items() if value is True]
         plans[str(shape)] = " + ".join([*taken, f"row blocks {plan['row_blocks']}"])
     return plans
 
 
-def _cuda_plan() -> list[str] | str | None:
+def _cuda_plan() -> list[str] | str:
     """The tiers of docs/cuda.md that each GPU takes, by dtype and H."""
-    if _extension.load_error is not None:
-        return None
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [_tiers_of(gpu) for gpu in gpus] or "no GPU"
 
 
 def _tiers_of(gpu: torch.device) -> str:
     """The tiers of one long sequence on a GPU, the largest H of each."""
-    from fastrnn import _C
-
     if not functional._is_fused_device(gpu):
         return f"{gpu} PyTorch's own path"
     facts: Any = torch.cuda.get_device_properties(gpu)  # its stub lacks an attribute
 
     def tier(H: int, element_size: int) -> Any:
-        return _C.cuda_plan(
+        return _extension.C.cuda_plan(
             512, 1, 512, H, element_size=element_size,
             major=facts.major, multiprocessors=facts.multi_processor_count,
             shared_bytes=facts.shared_memory_per_block_optin,
@@ -213,7 +194,7 @@ _PROBES: dict[str, Callable[[], Any]] = {
     "gpus": _gpus,
     "threads": _threads,
     "extension": _extension_state,
-    "build": _build,
+    "build": lambda: _extension.C.build_info(),
     "cpu_capability": _cpu_capability,
     "cpu_plan": _cpu_plan,
     "cuda_plan": _cuda_plan,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrnn import functional
 from fastrnn._stock import MODES
 
+_ABSENT = object()
 _NONLINEARITIES = {mode: nonlinearity for nonlinearity, mode in MODES.items()}
 
 
@@ -74,12 +75,11 @@ class RNN(torch.nn.RNNBase):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        **unknown: Any,
+        *,
+        proj_size: Any = _ABSENT,
     ) -> None:
-        if "proj_size" in unknown:
+        if proj_size is not _ABSENT:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if unknown:
-            raise TypeError(f"RNN got an unexpected keyword argument '{next(iter(unknown))}'")
         # Not hashable or not known: the same error.
         mode = MODES.get(nonlinearity) if isinstance(nonlinearity, str) else None
         if mode is None:
@@ -123,8 +123,10 @@ class RNN(torch.nn.RNNBase):
 
         Raises
         ------
-        ValueError, RuntimeError
+        ValueError, RuntimeError, TypeError, IndexError
             As `torch.nn.RNN` does, with a hint what to change.
+        ImportError
+            The extension could not be loaded.
         """
         nonlinearity = _NONLINEARITIES.get(self.mode)
         if nonlinearity is None:

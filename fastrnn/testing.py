@@ -194,7 +194,8 @@ def assert_as_accurate(
         With the name and the errors of every result that is further.
     """
     shapes = [{name: t.shape for name, t in results.items()} for results in (ours, theirs)]
-    assert shapes[0] == shapes[1]
+    if shapes[0] != shapes[1]:
+        raise AssertionError(f"shapes differ: {shapes[0]}, {shapes[1]}")
     ours, theirs = grouped(ours), grouped(theirs)
     exact = grouped({name: exact[name] for name in shapes[0]})
     floor = floor_ulps * torch.finfo(dtype).eps
@@ -207,7 +208,8 @@ def assert_as_accurate(
             allowed = max(ERROR_RATIO * relative_error(theirs[name], exact[name]), floor)
         if not error <= allowed:
             failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
-    assert not failures, "; ".join(failures)
+    if failures:
+        raise AssertionError("; ".join(failures))
 
 
 @contextmanager
@@ -215,10 +217,11 @@ def poisoned_memory() -> Iterator[None]:
     """Fill what is allocated with NaN, so that a read before the first write shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -203,11 +203,14 @@ def test_without_the_extension_json_lists_the_files_that_were_built(report_witho
 
 def test_without_the_extension_all_other_facts_are_there(report, report_without_extension):
     assert report_without_extension.keys() == report.keys()
-    assert report_without_extension["errors"] == {}
+    unknown = report_without_extension["errors"]
+    # That there is no GPU is known without it.
+    assert unknown.keys() - {"cuda_plan"} == {"build", "cpu_plan"}
+    assert all(REASON in reason for reason in unknown.values())
     assert report_without_extension["torch"] == torch.__version__
     assert report_without_extension["build"] is None
     assert report_without_extension["cpu_capability"]["fastrnn"] is None
-    assert report_without_extension["cpu_plan"] is report_without_extension["cuda_plan"] is None
+    assert report_without_extension["cpu_plan"] is None
 
 
 def test_without_the_extension_the_first_call_raises_the_reason_and_what_to_do():
@@ -216,6 +219,24 @@ def test_without_the_extension_the_first_call_raises_the_reason_and_what_to_do()
     assert message.startswith("ImportError: fastrnn._C could not be loaded")
     assert REASON in message
     assert "pip install --no-build-isolation" in message
+
+
+@pytest.mark.parametrize("torch_version", [torch.__version__, "1.0.0"])
+def test_an_extension_that_does_not_fit_is_refused(tmp_path, torch_version):
+    is_ours = torch_version != torch.__version__
+    folder = Path(fastrnn.__file__).parent if is_ours else tmp_path
+    code = f"""if True:
+        import sys, types
+        extension = sys.modules["fastrnn._C"] = types.ModuleType("fastrnn._C")
+        extension.__file__ = {str(folder / "_C.so")!r}
+        extension.build_info = lambda: {{"torch": {torch_version!r}}}
+        import torch, fastrnn
+        fastrnn.RNN(2, 3)(torch.ones(4, 2))
+    """
+    message = run_info(code=code).stderr.splitlines()[-1]
+    assert message.startswith("ImportError: fastrnn._C could not be loaded")
+    assert ("built for torch 1.0.0" if is_ours else f"{tmp_path}") in message
+    assert f"torch {torch.__version__}" in message and "pip install --no-build-isolation" in message
 
 
 def test_a_probe_that_fails_is_unknown_and_the_rest_is_reported(monkeypatch, capsys):

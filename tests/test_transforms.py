@@ -6,6 +6,7 @@ nn.RNN can be asked; a compiled graph keeps one node of ours, an exported one ne
 """
 
 import io
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+from fastrnn import _C
 from fastrnn.functional import rnn, takes_fused_path
 
 SETTINGS = [
@@ -387,3 +389,26 @@ def test_the_fused_path_is_for_ordinary_tensors_only():
     for kind in ("meta", torch.complex128):
         seen.append(takes_fused_path(x.to(kind), [w.to(kind) for w in weights], hx.to(kind)))
     assert len(seen) >= 6 and not any(seen)
+
+
+def test_a_packed_sequence_takes_the_path_of_its_data():
+    module, x = pair()[0], pack_sequence([draw(n, I) for n in (4, 2)])
+    weights = list(module.parameters())
+    assert takes_fused_path(x, weights, None)
+    assert not takes_fused_path(x.to("meta"), [w.to("meta") for w in weights], None)
+
+
+def test_weights_may_come_from_a_sequence_that_makes_them_when_asked():
+    class Anew(Sequence):
+        def __len__(self):
+            return len(weights)
+
+        def __getitem__(self, i):
+            return weights[i].clone()
+
+    module, (x, hx) = pair()[0], arguments()
+    with torch.no_grad():
+        weights = list(module.parameters())
+        assert _C.is_ordinary_call(x, Anew(), hx)
+        results = rnn(x, Anew(), hx, num_layers=2, bidirectional=True)
+    same(results, module(x, hx))

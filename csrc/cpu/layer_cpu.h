@@ -21,7 +21,7 @@ inline void set_type(LayerShape& shape, at::ScalarType given) {
   const at::ScalarType type = kernel_type(given);
   shape.element_size = static_cast<int64_t>(c10::elementSize(type));
   shape.converts = type != given;
-  shape.tile_products = has_tile_product(given);
+  shape.tile_products = !shape.converts && has_tile_product(given);
   shape.baseline = &capability() == &default_capability();
 }
 

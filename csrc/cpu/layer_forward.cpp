@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Forward of layers: the input's product, then the walk, as a whole, by steps, converted from 16
+// bits a few steps at a time, or as a pipeline of layers.
 #include <ATen/ops/empty.h>
 
 #include <cstring>
@@ -14,20 +17,26 @@ namespace {
 /// One direction's weights, ready for a recurrence in T.
 template <typename T>
 struct PreparedCell {
+  Activation activation;
+  bool reads_input;    // x in the step
   Tensor w_ih, w_hh;   // [H, I], [H, H]; in T and with adjacent columns if the plan does not pack
   bool as_is = false;  // w_ih and w_hh are what the kernels read
   Panels<T> w_ih_panels, w_hh_panels;  // where the plan packs and a row reads them
   std::vector<Sum<T>> bias;            // b_ih + b_hh, [padded H], or empty; a tensor costs more
 
-  PreparedCell(const Cell& cell, const Plan& plan, bool reads_state)
-      : w_ih(cell.w_ih), w_hh(cell.w_hh) {
+  PreparedCell(const Layer& layer, int64_t d, const Plan& plan, bool reads_state)
+      : activation(layer.activation),
+        reads_input(plan.fuse_input),
+        w_ih(layer.cells[d].w_ih),
+        w_hh(layer.cells[d].w_hh) {
     const at::ScalarType type = kScalarType<T>;
+    const Cell& cell = layer.cells[d];
     const int64_t H = w_hh.size(0);
     if (plan.pack_weights || plan.step_products) {
       if (reads_state && !plan.step_products) w_hh_panels = Panels<T>(w_hh, /*transposed=*/true);
     } else {
       as_is = true;
-      if (plan.fuse_input) w_ih = readable(w_ih, type);
+      if (reads_input) w_ih = readable(w_ih, type);
       w_hh = readable(w_hh, type);
     }
     if (plan.pack_input_weights) w_ih_panels = Panels<T>(w_ih, /*transposed=*/true);
@@ -39,9 +48,10 @@ struct PreparedCell {
     for (int64_t j = 0; j < H; ++j) bias[j] = ih[j] + hh[j];
   }
 
-  /// The kernel's arguments as far as the weights decide them.
+  /// The kernel's arguments as far as the layer decides them.
   ForwardArgs<T> args() const {
     ForwardArgs<T> a;
+    a.activation = activation;
     a.I = w_ih.size(1);
     a.H = w_hh.size(0);
     a.w_ih_panels = w_ih_panels.data();
@@ -116,17 +126,14 @@ void multiply_input(const Layout& layout, const Plan& plan, const Layer& layer, 
 /// The recurrence's arguments for direction d and the steps `range`: all, or in one direction those
 /// that follow after the ones that have been run. Tensors of type T: the outputs are the workspace.
 template <typename T>
-ForwardArgs<T> forward_args(const Layout& layout, const Plan& plan, const Layer& layer, int64_t d,
-                            const PreparedCell<T>& cell, const Tensor& x, const Tensor& hx,
-                            Range range, const Tensor& output) {
-  const int64_t H = layer.hidden_size();
-  const int64_t carry_rows = range.begin == 0 ? 0 : layout.rows(range.begin - 1);
+ForwardArgs<T> forward_args(const Layout& layout, int64_t d, const PreparedCell<T>& cell,
+                            const Tensor& x, const Tensor& hx, Range range, const Tensor& output) {
   ForwardArgs<T> a = cell.args();
+  const int64_t carry_rows = range.begin == 0 ? 0 : layout.rows(range.begin - 1);
   a.steps = steps_of(layout, range.begin, range.end, /*descending=*/d == 1, carry_rows);
-  a.activation = layer.activation;
-  if (plan.fuse_input) a.x = sequence_of<const T>(layout, x, 0, 0);
-  a.y = sequence_of<T>(layout, output, 0, d * H);
-  if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.position(range.begin - 1) * H, H};
+  if (cell.reads_input) a.x = sequence_of<const T>(layout, x, 0, 0);
+  a.y = sequence_of<T>(layout, output, 0, d * a.H);
+  if (carry_rows > 0) a.carry = {data_of<T>(output) + layout.position(range.begin - 1) * a.H, a.H};
   if (hx.defined()) a.hx = matrix_of<T>(hx[d]);
   return a;
 }
@@ -139,7 +146,7 @@ void forward_native(const Layout& layout, const Plan& plan, const Layer& layer,
   const Tensor hx = readable(layer.hx, output.scalar_type());
   std::vector<ForwardArgs<T>> args;
   for (int64_t d = 0; d < layer.directions(); ++d)
-    args.push_back(forward_args<T>(layout, plan, layer, d, cells[d], x, hx, {0, layout.T}, output));
+    args.push_back(forward_args<T>(layout, d, cells[d], x, hx, {0, layout.T}, output));
   run_parts(layout, plan, args, kernels<T>().forward);
 }
 
@@ -157,7 +164,6 @@ void forward_by_steps(const Layout& layout, const Plan& plan, const Layer& layer
     if (h.defined()) multiply(h, w, y_t[0], /*accumulate=*/true);
     ForwardArgs<T> a = cell.args();
     a.steps = steps_of(layout, t, t + 1, false, 0);
-    a.activation = layer.activation;
     a.y = sequence_of<T>(layout, y_t, t, 0);
     run_parts(layout, plan, std::vector{a}, kernels<T>().forward);
     h = y_t[0];
@@ -179,7 +185,7 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
     const Tensor target = narrow_direction(narrow_steps(layout, output, range), d, H);
     ForwardArgs<float> a = cell.args();
     Tensor x_part, y;
-    if (plan.fuse_input) {
+    if (cell.reads_input) {
       x_part = readable(narrow_steps(layout, x, range), at::kFloat);
       a.x = sequence_of<const float>(layout, x_part, range.begin, 0);
       y = at::empty(target.sizes(), x_part.options());
@@ -187,7 +193,6 @@ void forward_converted(const Layout& layout, const Plan& plan, const Layer& laye
       y = readable(target, at::kFloat);
     }
     a.steps = steps_of(layout, range.begin, range.end, reverse, carry_rows);
-    a.activation = layer.activation;
     a.y = sequence_of<float>(layout, y, range.begin, 0);
     a.carry = matrix_of<float>(carry);
     a.hx = matrix_of<float>(hx);
@@ -252,7 +257,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
     if (stage.task == kMultiply)
       w_ih[l] = Panels<T>(layers[l].cells[0].w_ih, /*transposed=*/true);
     else
-      cells[l].emplace(layers[l].cells[0], plans[l], /*reads_state=*/true);
+      cells[l].emplace(layers[l], 0, plans[l], /*reads_state=*/true);
   };
   const std::vector<Range> parts = growing_parts(layout.T, stack.first_steps, stack.steps);
   const auto run = [&](const Stage& stage, int64_t part) {
@@ -262,8 +267,7 @@ void stack_forward_as(const Layout& layout, const std::vector<Layer>& layers,
       return multiply_steps(layout, parts[part], sequence_of<const T>(layout, input, 0, 0),
                             w_ih[l].product(), sequence_of<T>(layout, outputs[l], 0, 0),
                             /*parallel=*/false);
-    ForwardArgs<T> a = forward_args<T>(layout, plans[l], layers[l], 0, *cells[l], input, hx[l],
-                                       parts[part], outputs[l]);
+    ForwardArgs<T> a = forward_args<T>(layout, 0, *cells[l], input, hx[l], parts[part], outputs[l]);
     a.row_end = layout.B;
     kernels<T>().forward(a);
   };
@@ -285,7 +289,7 @@ void forward_as(const Layout& layout, const Layer& layer, const Tensor& output) 
   if (!plan.fuse_input) multiply_input<T>(layout, plan, layer, x, output);
   std::vector<PreparedCell<T>> cells;
   cells.reserve(D);
-  for (const Cell& cell : layer.cells) cells.emplace_back(cell, plan, reads_state);
+  for (int64_t d = 0; d < D; ++d) cells.emplace_back(layer, d, plan, reads_state);
   if (!plan.step_products && !plan.converts)
     return forward_native<T>(layout, plan, layer, cells, x, output);
   const bool by_rows =

@@ -75,7 +75,7 @@ template <typename T>
 void pack(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_t N, T* panels) {
   const int64_t depth = round_up_to_depth<T>(K);
   for (int64_t column = 0; column < N; column += kPanel<T>) {
-    const int64_t width = N - column < kPanel<T> ? N - column : kPanel<T>;
+    const int64_t width = smaller(kPanel<T>, N - column);
     const int64_t padded = padded_columns<T>(width);
     const T* from = source + column * n_stride;
     if (width < padded || K < depth) {
@@ -86,7 +86,7 @@ void pack(const T* source, int64_t k_stride, int64_t n_stride, int64_t K, int64_
       pack_rows<T>(from, k_stride, K, width, padded, panels);
     } else {
       for (int64_t n = 0; n < width; n += kLanes<T>) {
-        const int64_t count = width - n < kLanes<T> ? width - n : kLanes<T>;
+        const int64_t count = smaller(kLanes<T>, width - n);
         T* out = panels + n * kDepth<T>;
         int64_t k = 0;
         if (k_stride == 1)

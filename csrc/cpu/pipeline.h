@@ -4,10 +4,12 @@
 // needed for: layers, the products before a walk, and those after it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
-#include "layer_common.h"
+#include "../layer.h"
+#include "../parallel.h"
 
 namespace fastrnn::cpu {
 

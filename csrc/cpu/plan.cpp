@@ -57,12 +57,11 @@ constexpr int64_t kLargePanelBytes = 1 << 20, kHiddenToPackForOne = 128;
 // The part of a 16-bit sequence that is in float32 at a time: of the outputs, and at most.
 constexpr int64_t kConvertParts = 8, kConvertBytes = 1 << 16;
 
-// Layers, or a walk and the products before it, side by side: multiply-adds of a layer for each
-// thread; rows of the first part, a tile, for which all wait; and so many larger ones, since each
-// costs half a microsecond besides. All layers' packed weights are in memory at once then: no more
-// than so many times the outputs. A first layer's product with more features than this, of H, is
-// made before by all threads.
-constexpr int64_t kWorkPerStage = 1 << 19, kFirstRows = 6, kPartsOfStage = 12;
+// Layers, or a walk and the products before it, side by side: rows of the first part, a tile, for
+// which all wait; and so many larger ones, since each costs half a microsecond besides. All layers'
+// packed weights are in memory at once then: no more than so many times the outputs. A first
+// layer's product with more features than this, of H, is made before by all threads.
+constexpr int64_t kFirstRows = 6, kPartsOfStage = 12;
 constexpr int64_t kPanelsPerOutput = 4, kWideInput = 2;
 // Parts whose weight gradients are made beside the walk: of so many multiply-adds, since each reads
 // and writes all sums, and so many at most.
@@ -77,7 +76,6 @@ int64_t mean_rows(const LayerShape& s) {
 /// The parts of the sequence that backward, and conversion, have in memory at a time.
 void plan_chunks(const LayerShape& s, Plan& plan) {
   const bool is_16bit = s.converts || s.element_size == 2;
-  const int64_t together = s.converts ? 1 : s.directions;
   const int64_t step_bytes = std::max<int64_t>(1, mean_rows(s) * s.H * s.element_size);
   const auto steps_in = [&](int64_t bytes) {
     return std::clamp<int64_t>(bytes / step_bytes, 1, s.T);
@@ -91,7 +89,7 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
              gathers = s.packed && !plan.own_gradients;
   const int64_t parts = converted ? 4 * kParts : gathers ? 2 * kParts : kParts;
   const int64_t small_bytes = converted ? kSmallBytes / 8 : kSmallBytes;
-  const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / together);
+  const int64_t chunk = is_16bit ? s.T : steps_in(kChunkBytes / s.side_by_side());
   if (delta_bytes <= std::max(small_bytes, s.w_hh_bytes()))
     plan.backward_steps = s.T;
   else
@@ -115,7 +113,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   // Few rows would read all of W_ih in each step, and one larger than the output is not worth
   // packing.
   const bool reuses_input_weight = s.B > kBatchToPack || s.I < kInputToMultiply;
-  const bool large_16bit = s.tile_products && !s.converts && s.H >= kHiddenFor16Bit;
+  const bool large_16bit = s.tile_products && s.H >= kHiddenFor16Bit;
   const bool fits = (s.I + s.H) * s.H * s.element_size <= kFusedBytes;
   plan.fuse_input = s.I > 0 && (fits || s.converts) && !large_16bit &&
                     (plan.pack_weights ? reuses_input_weight && s.I <= s.total_rows
@@ -137,7 +135,7 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
              has_many = s.total_rows >= kRowsPerColumn * (s.I + s.H);
   plan.own_gradients = small || (s.converts ? has_many : s.element_size > 2 && !s.baseline);
 
-  const int64_t together = s.converts ? 1 : s.directions;
+  const int64_t together = s.side_by_side();
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
   const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
   const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
@@ -205,7 +203,7 @@ StackPlan plan_stack(const LayerShape& first, int64_t layers, int64_t threads) {
   const bool first_multiplies = stack.multiplies_first && !plan_layer(first, threads).fuse_input;
   const int64_t stages = layers + (plan.fuse_input ? 0 : layers - 1) + first_multiplies;
   const int64_t work = first.total_rows * (layer.I + first.H) * first.H;
-  stack.threads = std::min({threads, stages, work / kWorkPerStage});
+  stack.threads = std::min({threads, stages, work / kWorkPerThread});
   if (stack.threads <= 1) return by_layers;
   stack.first_steps = divide_up(kFirstRows, mean_rows(first));
   stack.steps = std::max(stack.first_steps, divide_up(first.T, kPartsOfStage));

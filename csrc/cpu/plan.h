@@ -15,10 +15,12 @@ struct LayerShape {
   bool packed;           // sequences of unequal length
   int64_t element_size;  // of the kernels' tensors: 2 (bfloat16), 4 or 8
   bool converts;         // 16-bit tensors: the recurrence runs in float32, a few steps at a time
-  bool tile_products;    // ATen multiplies 16-bit tensors in tiles (AMX), outrunning the kernels
+  bool tile_products;    // not converted: ATen multiplies in tiles (AMX), outrunning the kernels
   bool baseline;         // the kernels are those for any processor: ATen's products outrun them
 
   int64_t w_hh_bytes() const { return H * H * element_size; }
+  /// Directions that walk at the same time.
+  int64_t side_by_side() const { return converts ? 1 : directions; }
 };
 
 struct Plan {

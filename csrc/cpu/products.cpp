@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// By ATen where that is fast and no turn of threads; else by our kernels, in blocks.
 #include "products.h"
 
 #include <ATen/Context.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The large matrix products around the recurrence, by the BLAS that PyTorch carries where it is
-// fast.
+// Products around the recurrence that are not made with packed weights (panels.h): by PyTorch's
+// BLAS where that is fast and may ask for threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>

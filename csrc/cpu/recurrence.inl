@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The only SIMD code: the recurrence of recurrence.h, written once over the compiler's generic
-// vectors. Included by recurrence_*.cpp inside their own namespace and target
-// region, with
+// vectors. Included by recurrence_*.cpp inside their own namespace and target region, with
 //   FASTRNN_VECTOR_BYTES  the vector's width,
 //   FASTRNN_TILE_ROWS     rows of the largest register tile,
 //   FASTRNN_TILE_VECTORS  vectors per row of a tile, hence the width of a panel,

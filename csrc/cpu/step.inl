@@ -130,7 +130,7 @@ FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t 
   const T* first = a.data + row * a.row_stride;
   if (K < kLeast) return multiply<T, R, V>(acc, first, a.row_stride, K, panel, panel_stride);
   for (int64_t k = 0; k < K; k += kPart)
-    multiply_apart<T, R, V>(acc, first + k, a.row_stride, K - k < kPart ? K - k : kPart,
+    multiply_apart<T, R, V>(acc, first + k, a.row_stride, smaller(kPart, K - k),
                             panel + k / kDepth<T> * panel_stride, panel_stride);
 }
 
@@ -213,7 +213,7 @@ template <typename T, typename Epilogue>
 void run_panels(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (descending ? begin + end - 1 - i : i) * kPanel<T>;
-    const int64_t width = s.N - column < kPanel<T> ? s.N - column : kPanel<T>;
+    const int64_t width = smaller(kPanel<T>, s.N - column);
     with_vectors((width + kLanes<T> - 1) / kLanes<T>, [&](auto v) __attribute__((always_inline)) {
       cut_into_tiles<FASTRNN_TILE_ROWS>(
           0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {

@@ -56,9 +56,9 @@ FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const 
   for (int64_t first = 0; first < count; first += kDotRows<T>) {
     const T* rows[kDotRows<T>];
     for (int64_t j = 0; j < kDotRows<T>; ++j)
-      rows[j] = w.data + (first + j < count ? first + j : count - 1) * w.row_stride;
+      rows[j] = w.data + smaller(first + j, count - 1) * w.row_stride;
     for (int64_t begin = 0; begin < K; begin += kPart) {
-      const int64_t end = begin + kPart < whole ? begin + kPart : whole;
+      const int64_t end = smaller(begin + kPart, whole);
       Vec<T> acc[V][R][kDotRows<T>] = {};
       int64_t k = begin;
       for (; k + V * kWeights<T> <= end; k += V * kWeights<T>) {
@@ -88,7 +88,7 @@ FASTRNN_INLINE void add_packed_input(Vec<T> (&acc)[R][1], const Step<T>& s, int6
                                      int64_t column) {
   const int64_t first = column / kPanel<T> * kPanel<T>;  // of the panel
   const int64_t rest = (s.N - first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t width = rest < kPanel<T> ? rest : kPanel<T>;
+  const int64_t width = smaller(kPanel<T>, rest);
   const T* weights = s.x_panels + first * round_up_to_depth<T>(s.I) + (column - first) * kDepth<T>;
   multiply<T, R, 1>(acc, s.x.data + row * s.x.row_stride, s.x.row_stride, s.I, weights,
                     width * kDepth<T>);
@@ -114,7 +114,7 @@ template <typename T, typename Act>
 void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (descending ? begin + end - 1 - i : i) * kLanes<T>;
-    const int64_t width = s.N - column < kLanes<T> ? s.N - column : kLanes<T>;
+    const int64_t width = smaller(kLanes<T>, s.N - column);
     cut_into_tiles<FASTRNN_TILE_VECTORS>(
         0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
           unpacked_rows<T, Act, decltype(rows)::value>(s, row, column, width);
@@ -195,7 +195,7 @@ void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
     Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
     int64_t k = 0;
     do {  // a step without a previous state has no terms, but an end
-      const int64_t end = s.K - k < kBlock ? s.K : k + kBlock;
+      const int64_t end = smaller(k + kBlock, s.K);
       cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
                                         [&](auto rows, int64_t row) __attribute__((always_inline)) {
                                           add_terms_as_is<T, Epilogue, decltype(rows)::value, V>(

@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <typename T>
 struct Lanes;
 template <>

@@ -25,8 +25,8 @@ FASTRNN_INLINE void walk(const Steps& steps, int64_t row_begin, int64_t row_end,
   int64_t previous_rows = steps.carry_rows;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t t = steps.descending ? steps.end - 1 - i : steps.begin + i;
-    const int64_t rows = steps.rows(t) < row_end ? steps.rows(t) : row_end;
-    int64_t going_on = previous_rows < rows ? previous_rows : rows;
+    const int64_t rows = smaller(steps.rows(t), row_end);
+    int64_t going_on = smaller(previous_rows, rows);
     if (going_on < row_begin) going_on = row_begin;
     if (row_begin < going_on) {
       const int64_t before = steps.descending ? t + 1 : t - 1;

@@ -26,8 +26,6 @@ constexpr int64_t kPackedColumns = kPacks<T> ? kVectorColumns<T> + kScalarColumn
 /// Rows in a part of the bias's gradient, all of whose terms may have one sign.
 constexpr int64_t kSumRows = 32;
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /// Columns [begin, end) of a matrix.
 struct Columns {
   int64_t begin, end;

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Products with sums in float32, the walk of tier 0, and the arguments of tier 1's kernels.
 #include "layer_common.h"
 
 #include <ATen/ops/cat.h>

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Forward of one layer on a GPU: the input's product and the recurrence, chunk by chunk.
 #include <ATen/ops/mm.h>
 
 #include "layer_common.h"
