@@ -6,7 +6,7 @@ instance of nn.RNN.
 """
 
 from operator import is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from fastrnn import functional
 from fastrnn._stock import MODES
 
-_ABSENT = object()
 _NONLINEARITIES = {mode: nonlinearity for nonlinearity, mode in MODES.items()}
 
 
@@ -75,11 +74,12 @@ class RNN(torch.nn.RNNBase):
         bidirectional: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        proj_size: Any = _ABSENT,
+        **unknown: NoReturn,  # to a type checker, none
     ) -> None:
-        if proj_size is not _ABSENT:
+        if "proj_size" in unknown:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if unknown:
+            raise TypeError(f"RNN got an unexpected keyword argument '{next(iter(unknown))}'")
         # Not hashable or not known: the same error.
         mode = MODES.get(nonlinearity) if isinstance(nonlinearity, str) else None
         if mode is None:
