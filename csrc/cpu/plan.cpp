@@ -42,8 +42,9 @@ constexpr int64_t kBatchToPack = 2, kHiddenToPack = 256, kRowsToPackForFew = 64,
 constexpr int64_t kRowsToPackLarge = 128, kRowsToPackOnce = 64, kHiddenFor16Bit = 400;
 // For few rows of many features packing costs more than the product itself, by ATen too.
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
-// Multiply-adds below which a second thread costs more than it brings.
-constexpr int64_t kWorkPerThread = 1 << 19;
+// Multiply-adds below which a second thread costs more than it brings; fewer, if each thread has so
+// many rows that register tiles are full.
+constexpr int64_t kWorkPerThread = 1 << 19, kWorkOfFullTiles = 5 << 16, kRowsOfFullTiles = 12;
 // The same for parts of the batch in backward, each of which has tensors of its own; larger layers
 // gain nothing by them.
 constexpr int64_t kWorkPerBatchPart = 1 << 20, kBatchPartHidden = 192;
@@ -137,7 +138,10 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
 
   const int64_t together = s.side_by_side();
   const int64_t work = s.total_rows * (s.I + s.H) * s.H * together;
-  const int64_t useful_threads = std::clamp<int64_t>(work / kWorkPerThread, 1, threads);
+  const int64_t with_full_tiles =
+      std::min(work / kWorkOfFullTiles, mean_rows(s) / kRowsOfFullTiles);
+  const int64_t useful_threads =
+      std::clamp<int64_t>(std::max(work / kWorkPerThread, with_full_tiles), 1, threads);
   const int64_t rows_per_block = s.H <= kSmallHidden ? kRowsPerSmallBlock : kRowsPerBlock;
   // Parts of few rows would each read all of a large weight.
   plan.row_blocks =
