@@ -44,7 +44,7 @@ constexpr int64_t kRowsToPackLarge = 128, kRowsToPackOnce = 64, kHiddenFor16Bit 
 constexpr int64_t kFeaturesPerRow = 8, kFewRows = 32;
 // Multiply-adds below which a second thread costs more than it brings; fewer, if each thread has so
 // many rows that register tiles are full.
-constexpr int64_t kWorkPerThread = 1 << 19, kWorkOfFullTiles = 5 << 16, kRowsOfFullTiles = 12;
+constexpr int64_t kWorkPerThread = 1 << 19, kWorkOfFullTiles = 3 << 17, kRowsOfFullTiles = 12;
 // The same for parts of the batch in backward, each of which has tensors of its own; larger layers
 // gain nothing by them.
 constexpr int64_t kWorkPerBatchPart = 1 << 20, kBatchPartHidden = 192;
