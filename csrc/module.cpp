@@ -191,7 +191,7 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t direction
   const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, gpu);
   py::dict result;
   result["tier"] = static_cast<int>(plan.tier);
-  result["block_rows"] = plan.block_rows;
+  result["rows"] = plan.rows;
   result["fuse_input"] = plan.fuse_input;
   result["chunk_steps"] = plan.chunk_steps;
   return result;

@@ -62,7 +62,7 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
 )
 def test_the_tier_and_the_rows_of_a_block(gpu, dtype, sizes, tier, rows):
     found = plan(gpu, *sizes, dtype)
-    assert (found["tier"], found["block_rows"]) == (tier, rows)
+    assert (found["tier"], found["rows"]) == (tier, rows)
 
 
 def test_the_tier_can_be_chosen_where_it_can_run(monkeypatch):

@@ -271,4 +271,4 @@ def test_the_plan_knows_what_this_gpu_has():
     }
     assert tiers == {256: 1, 320: int(room >= 125 << 10), 384: int(room >= 185 << 10)}
     plan = fastrnn._C.cuda_plan(512, facts.multi_processor_count + 1, 8, 64)
-    assert (plan["tier"], plan["block_rows"]) == (1, 2)
+    assert (plan["tier"], plan["rows"]) == (1, 2)

@@ -19,45 +19,9 @@
 
 #include "activation.cuh"
 #include "launch.cuh"
+#include "walk.cuh"
 
 namespace fastrnn::cuda {
-
-/// The walk of one block: which steps, and which rows of the batch are alive at them.
-struct Walk {
-  const Steps& steps;
-  int count, first, stride;  // how many steps; the first one, 1 or -1 to the next
-
-  __device__ __forceinline__ Walk(const Steps& s, const RecurrenceDirection& d, int64_t row)
-      : steps(s), stride(d.descending ? -1 : 1) {
-    // Rows are sorted by length: the steps at which the block's first row is alive are [0, alive).
-    int64_t alive = d.end;
-    if (packed()) {
-      int64_t low = d.begin, high = d.end;
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (rows(middle) > row)
-          low = middle + 1;
-        else
-          high = middle;
-      }
-      alive = low;
-    }
-    count = static_cast<int>(alive > d.begin ? alive - d.begin : 0);
-    first = static_cast<int>(d.descending ? alive - 1 : d.begin);
-  }
-
-  __device__ __forceinline__ bool packed() const { return steps.first_row != nullptr; }
-  __device__ __forceinline__ int64_t step(int i) const { return first + i * stride; }
-  /// Rows of the batch that are alive at step t.
-  __device__ __forceinline__ int64_t rows(int64_t t) const {
-    return packed() ? steps.first_row[t + 1] - steps.first_row[t] : steps.B;
-  }
-  /// Those at the step before the walk's first one.
-  __device__ __forceinline__ int64_t rows_before() const {
-    const int64_t before = first - stride;
-    return before < 0 || before >= steps.T ? 0 : rows(before);
-  }
-};
 
 /// One thread's part of a block's walk. Sets of its elements are bits: see bit().
 /// kFeatures: x is given in place of addends, and has so many features at most; else 0.

@@ -13,6 +13,7 @@ namespace fastrnn::cuda {
 struct LaunchShape {
   unsigned blocks_x = 1, blocks_y = 1, threads = 1;
   size_t shared_bytes = 0;
+  bool resident = false;  // all blocks must run at the same time: they wait for each other
 };
 
 /// Null, or what went wrong.
@@ -29,12 +30,23 @@ const char* launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stre
       return cudaGetErrorString(error);
     }
   }
-  kernel<<<dim3(shape.blocks_x, shape.blocks_y), shape.threads, shape.shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks_x, shape.blocks_y);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = shape.resident ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 #else
-  cuda_host::launch({dim3(shape.blocks_x, shape.blocks_y), dim3(shape.threads), shape.shared_bytes},
+  cuda_host::launch({dim3(shape.blocks_x, shape.blocks_y), dim3(shape.threads), shape.shared_bytes,
+                     shape.resident},
                     [&] { kernel(arguments...); });
   return nullptr;
 #endif

@@ -171,7 +171,7 @@ std::vector<Cell> layers_backward(const BackwardPass& pass) {
   const bool gathers = std::any_of(wanted.cells.begin(), wanted.cells.end(),
                                    [](const std::array<bool, 4>& cell) { return cell[1]; });
   const Tensor first_row =
-      plan.tier == Tier::kBlock || gathers ? first_row_on_device(layout, output) : Tensor();
+      plan.tier != Tier::kSteps || gathers ? first_row_on_device(layout, output) : Tensor();
   // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
   const bool accumulate = D == 2;
   if (accumulate && wanted.input.defined()) wanted.input.zero_();

@@ -7,6 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
+
 namespace fastrnn::cuda {
 
 namespace {
@@ -176,6 +178,15 @@ RecurrenceDirection direction_of(const Layout& layout, bool backward, Range rang
   return r;
 }
 
+/// What tier 2 asks for, see group_recurrence(): blocks wait for `out`, and one of them may write
+/// final_state while another one still reads the state.
+void prepare_for_groups(DirectionTensors& d) {
+  d.out.view(d.out.itemsize() == 2 ? at::kShort : at::kInt).fill_(-1);
+  if (!d.state.defined()) return;
+  const bool aligned = reinterpret_cast<uintptr_t>(d.state.const_data_ptr()) % kGroupAlignment == 0;
+  if (!aligned || d.state.is_same(d.final_state)) d.state = d.state.clone();
+}
+
 }  // namespace
 
 void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_row,
@@ -196,10 +207,15 @@ void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_
   a.activation = activation;
   a.backward = backward;
   a.directions = static_cast<int>(directions.size());
-  for (size_t d = 0; d < directions.size(); ++d)
-    a.direction[d] = direction_of(layout, backward, ranges[d], directions[d]);
-  check_launch(a.type == Type::kFloat ? ffma_recurrence(a, plan.block_rows, current_stream())
-                                      : mma_recurrence(a, current_stream()));
+  std::vector<DirectionTensors> used = directions;
+  if (plan.tier == Tier::kGroup) std::for_each(used.begin(), used.end(), prepare_for_groups);
+  for (size_t d = 0; d < used.size(); ++d)
+    a.direction[d] = direction_of(layout, backward, ranges[d], used[d]);
+  if (plan.tier == Tier::kGroup)
+    check_launch(group_recurrence(a, plan.rows, plan.groups, current_stream()));
+  else
+    check_launch(a.type == Type::kFloat ? ffma_recurrence(a, plan.rows, current_stream())
+                                        : mma_recurrence(a, current_stream()));
 }
 
 }  // namespace fastrnn::cuda

@@ -9,10 +9,10 @@ namespace fastrnn::cuda {
 
 namespace {
 
-/// x W_ih^T over a chunk of direction d: in 16 bits a tensor of its own, in float and in the order
-/// in which x lies in memory; else written where the outputs will be.
-Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out) {
-  if (out.scalar_type() == compute_type(out.scalar_type())) {
+/// x W_ih^T over a chunk of direction d: written where the outputs will be, or a tensor of its own,
+/// in float and in the order in which x lies in memory.
+Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out, bool in_place) {
+  if (in_place) {
     Tensor rows = as_rows(out);
     at::mm_out(rows, as_rows(x), w_ih.t());
     return out;
@@ -41,15 +41,15 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
   const Tensor first_row =
-      plan.tier == Tier::kBlock ? first_row_on_device(layout, output) : Tensor();
+      plan.tier != Tier::kSteps ? first_row_on_device(layout, output) : Tensor();
   const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();
   std::vector<Cell> cells;
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
 
-  // Where there are no addends, or they lie where the outputs will be, they take no memory.
-  const bool one_chunk =
-      plan.fuse_input || output.scalar_type() == compute_type(output.scalar_type());
-  const int64_t steps = one_chunk ? layout.T : plan.chunk_steps;
+  // Addends can lie where the outputs will be if they have their type; but tier 2 waits for these.
+  const bool in_place =
+      output.scalar_type() == compute_type(output.scalar_type()) && plan.tier != Tier::kGroup;
+  const int64_t steps = plan.fuse_input || in_place ? layout.T : plan.chunk_steps;
   const Tensor x = plan.fuse_input ? addressable(layer.input) : layer.input;
   for (int64_t i = 0; i < parts_in({0, layout.T}, steps); ++i) {
     std::vector<Range> ranges;
@@ -63,7 +63,8 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
       if (plan.fuse_input)
         tensors.x = x;
       else
-        tensors.addend = input_product(narrow_steps(layout, x, range), cells[d].w_ih, tensors.out);
+        tensors.addend =
+            input_product(narrow_steps(layout, x, range), cells[d].w_ih, tensors.out, in_place);
       tensors.final_state = h_n[d];
       // The state passes from chunk to chunk in h_n.
       tensors.state = i > 0 ? tensors.final_state : hx.defined() ? hx[d] : Tensor();

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "block_sizes.h"
+#include "group_sizes.h"
 
 namespace fastrnn::cuda {
 
@@ -19,7 +20,10 @@ namespace {
 // one after the other, still take less than tier 0, whose steps are bound by two launches each.
 // Steps that read weights from shared memory take longer.
 constexpr int64_t kMaxWaves = 8, kMaxWavesOfShared = 4;
-// Below this the product of a step that tier 1 saves does not exist.
+// Groups of blocks that do not fit on the GPU together run in so many launches at most: a step of
+// each takes 1 to 2 us, of tier 0 some 8.
+constexpr int64_t kMaxGroupLaunches = 4;
+// Below this the product of a step that tiers 1 and 2 save does not exist.
 constexpr int64_t kMinSteps = 2;
 
 // Addends or deltas in memory at a time: a part of the sequence's, so that with the kept outputs
@@ -31,7 +35,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_size(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
 
-/// FASTRNN_CUDA_TIER=0 takes tier 0 everywhere, 1 takes tier 1 wherever it can run.
+/// FASTRNN_CUDA_TIER=0 takes tier 0 everywhere, 1 or 2 takes that one wherever it can run.
 const char* wanted_tier() { return std::getenv("FASTRNN_CUDA_TIER"); }
 
 bool is_tier(const char* wanted, const char* tier) {
@@ -63,6 +67,36 @@ std::optional<EngineNeeds> engine_for(Type type, int64_t H, int rows) {
   return std::nullopt;
 }
 
+/// How tier 2 runs a layer.
+struct Groups {
+  int rows;  // of the batch in each
+  int64_t at_a_time, launches;
+};
+
+template <int kSizes>
+const GroupSizes* group_sizes(const GroupSizes (&all)[kSizes], int64_t H) {
+  const auto* found = std::find_if(all, all + kSizes, [&](const auto& s) { return H <= s.hidden; });
+  return found == all + kSizes ? nullptr : found;
+}
+
+/// As few rows in a group as let all groups run at the same time, or as many as can be.
+std::optional<Groups> groups_for(const LayerShape& s, const Gpu& gpu) {
+  const int64_t item = element_size(s.type);
+  if (item == 8 || s.H < 1 || s.H * item % kGroupAlignment != 0) return std::nullopt;
+  const GroupSizes* sizes =
+      item == 2 ? group_sizes(kGroupSizes16, s.H) : group_sizes(kGroupSizes32, s.H);
+  if (sizes == nullptr) return std::nullopt;
+  Groups groups{};
+  groups.at_a_time = gpu.multiprocessors / (sizes->blocks(s.H) * s.directions);
+  if (groups.at_a_time == 0) return std::nullopt;
+  for (int tiles = 1; tiles <= sizes->max_row_tiles; tiles *= 2) {
+    groups.rows = 8 * tiles;
+    groups.launches = divide_up(divide_up(s.B, groups.rows), groups.at_a_time);
+    if (groups.launches <= 1) break;
+  }
+  return groups;
+}
+
 }  // namespace
 
 Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
@@ -70,18 +104,31 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   const auto waves = [&](int64_t rows) {
     return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors);
   };
-  const auto engine = [&] { return engine_for(s.type, s.H, plan.block_rows); };
+  const auto engine = [&] { return engine_for(s.type, s.H, plan.rows); };
   const auto fits = [&] { return engine() && engine()->shared_bytes <= gpu.shared_bytes; };
   // As few rows in a block as give all blocks a multiprocessor, or as many as fit.
-  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
-  while (plan.block_rows > 1 && engine() && !fits()) plan.block_rows /= 2;
-  const bool can = gpu.major >= 8 && s.H >= 1 && s.T <= kMaxSteps && fits();
-  const int64_t rows = element_size(s.type) == 2 ? 8 : plan.block_rows;
-  const bool pays = can && s.T >= kMinSteps && waves(rows) <= engine()->max_waves;
+  plan.rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
+  while (plan.rows > 1 && engine() && !fits()) plan.rows /= 2;
+  const bool can = gpu.major >= 8 && s.T <= kMaxSteps;
+  const bool can_block = can && s.H >= 1 && fits();
+  const int64_t rows = element_size(s.type) == 2 ? 8 : plan.rows;
+  const bool block_pays = can_block && s.T >= kMinSteps && waves(rows) <= engine()->max_waves;
+  const std::optional<Groups> groups = can ? groups_for(s, gpu) : std::nullopt;
+  const bool groups_pay = groups && s.T >= kMinSteps && groups->launches <= kMaxGroupLaunches;
   const char* wanted = wanted_tier();
-  const bool block = can && !is_tier(wanted, "0") && (pays || is_tier(wanted, "1"));
-  plan.tier = block ? Tier::kBlock : Tier::kSteps;
-  plan.fuse_input = block && s.I >= 1 && s.I <= kMaxFusedInput;
+  if (is_tier(wanted, "0"))
+    plan.tier = Tier::kSteps;
+  else if (is_tier(wanted, "2") && groups)
+    plan.tier = Tier::kGroup;
+  else if (block_pays || (is_tier(wanted, "1") && can_block))
+    plan.tier = Tier::kBlock;
+  else
+    plan.tier = groups_pay ? Tier::kGroup : Tier::kSteps;
+  if (plan.tier == Tier::kGroup) {
+    plan.rows = groups->rows;
+    plan.groups = groups->at_a_time;
+  }
+  plan.fuse_input = plan.tier == Tier::kBlock && s.I >= 1 && s.I <= kMaxFusedInput;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
   const int64_t bytes = std::min(kChunkBytes, std::max(gpu.small_bytes, s.T * step_bytes / kParts));

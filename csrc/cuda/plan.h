@@ -27,11 +27,13 @@ struct Gpu {
 enum class Tier {
   kSteps = 0,  // a product by ATen in each step
   kBlock = 1,  // a block of threads keeps W_hh and walks through all steps
+  kGroup = 2,  // a group of blocks does
 };
 
 struct Plan {
   Tier tier;
-  int block_rows;       // tier 1 in float: rows of the batch in each block
+  int rows;             // of the batch in each block (tier 1 in float) or group of blocks (tier 2)
+  int64_t groups;       // tier 2: so many at a time
   bool fuse_input;      // tier 1 forward: x * W_ih^T in the kernel; else one product before
   int64_t chunk_steps;  // steps whose addends, or deltas, are in memory at a time
 };

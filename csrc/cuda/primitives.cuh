@@ -37,8 +37,7 @@ struct BFloat16 {
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ double to_float(double value) { return value; }
 
-__device__ __forceinline__ float to_float(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+__device__ __forceinline__ float float_of(uint32_t bits) {
 #ifdef __CUDACC__
   return __uint_as_float(bits);
 #else
@@ -46,6 +45,10 @@ __device__ __forceinline__ float to_float(BFloat16 value) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 #endif
+}
+
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  return float_of(static_cast<uint32_t>(value.bits) << 16);
 }
 
 __device__ __forceinline__ float to_float(Half value) {
@@ -56,6 +59,26 @@ __device__ __forceinline__ float to_float(Half value) {
 #else
   return cuda_host::half_to_float(value.bits);
 #endif
+}
+
+__device__ __forceinline__ uint32_t bits_of(Half value) { return value.bits; }
+__device__ __forceinline__ uint32_t bits_of(BFloat16 value) { return value.bits; }
+__device__ __forceinline__ uint32_t bits_of(float value) {
+#ifdef __CUDACC__
+  return __float_as_uint(value);
+#else
+  uint32_t result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ T from_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, float>)
+    return float_of(bits);
+  else
+    return {static_cast<uint16_t>(bits)};
 }
 
 /// To the nearest, ties to even.
@@ -160,6 +183,50 @@ __device__ __forceinline__ void* shared_memory() {
 #endif
 }
 
+/// Reads 16 bytes that another block may be writing, from where all blocks see the same, and at
+/// each call again. Each word is what it was at some time.
+__device__ __forceinline__ void load_fresh(const void* data, uint32_t (&words)[4]) {
+#ifdef __CUDACC__
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(__cvta_generic_to_global(data))
+               : "memory");
+#else
+  std::memcpy(words, data, sizeof words);
+#endif
+}
+
+/// Writes what other blocks read so.
+template <typename T>
+__device__ __forceinline__ void store_fresh(T* to, T value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 4)
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(bits_of(value))
+                 : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)),
+                 "h"(static_cast<uint16_t>(bits_of(value)))
+                 : "memory");
+#else
+  *to = value;
+#endif
+}
+
+/// In a loop that waits for other blocks: on a GPU they run anyway.
+__device__ __forceinline__ void let_others_run() {
+#ifndef __CUDACC__
+  cuda_host::let_others_run();
+#endif
+}
+
+/// The lanes of a warp go on together.
+__device__ __forceinline__ void warp_sync() {
+#ifdef __CUDACC__
+  __syncwarp();
+#endif
+}
+
 #ifndef __CUDACC__
 /// What mma.sync.m16n8k16 computes, from the operands of all lanes.
 template <typename T>
@@ -180,6 +247,27 @@ inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     for (int k = 0; k < 16; ++k)
       sum += half_of(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k) *
              half_of(all[column * 4 + k % 8 / 2].b[k / 8], k);
+    d[i] += sum;
+  }
+}
+#endif
+
+#ifndef __CUDACC__
+/// What mma.sync.m16n8k8 computes.
+inline void mma_tf32_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine, all[32];
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  cuda_host::warp_gather(mine, all, "mma");
+  const int lane = cuda_host::place->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 8; ++k)
+      sum += float_of(all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)]) *
+             float_of(all[column * 4 + k % 4].b[k / 4]);
     d[i] += sum;
   }
 }
@@ -215,6 +303,25 @@ __device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   mma_on_host<BFloat16>(d, a, b);
+#endif
+}
+
+/// Names mma() of TF32 numbers: floats of which only these bits are set.
+struct Tf32 {};
+constexpr uint32_t kTf32Bits = 0xffffe000u;
+
+/// d += a b for a [16, 8] and b [8, 8] of TF32 numbers. A lane holds
+///   a: (g, q), (g+8, q), (g, q+4), (g+8, q+4)     b: (q, g), (q+4, g)     d: as above
+__device__ __forceinline__ void mma(Tf32, float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2]) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  mma_tf32_on_host(d, a, b);
 #endif
 }
 

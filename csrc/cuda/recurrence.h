@@ -74,6 +74,15 @@ const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream)
 /// Features of x that tier 1 multiplies itself.
 constexpr int kMaxFusedInput = 2;
 
+/// Tier 2: blocks that run at the same time share a layer; each keeps the weights of a few units in
+/// registers, and s travels between them in global memory. In 16 bits and float, for H up to the
+/// largest of group_sizes.h. `rows` of the batch (8, 16 or 32) belong to a group of blocks, and so
+/// many groups run at a time, one launch after the other. `out` must be filled with bytes 0xff,
+/// which blocks wait to see replaced. addend and final_state are not `out` or `state`. H, and the
+/// strides of `out`, are multiples of kGroupAlignment bytes; so are its address and that of state.
+const char* group_recurrence(const RecurrenceArgs& args, int rows, int64_t groups, Stream stream);
+constexpr int kGroupAlignment = 16;
+
 /// Tier 0, after the product of each step: for rows [0, rows) of one step and direction
 ///   out = f( addend + product + b_ih + b_hh )  or, backward,  ( addend + product ) f'(y)
 /// Rows from product_rows on have no product, and in backward start with grad_h_n instead.

@@ -4,7 +4,8 @@
 // it with one fiber per CUDA thread on one OS thread, so that kernels are tested without a GPU.
 //
 // A thread runs until it waits, then the first ready thread in the chosen Order runs: a kernel that
-// lacks a barrier goes wrong in at least one order. Blocks run one after another. Memory is
+// lacks a barrier goes wrong in at least one order. Blocks run one after another, unless the launch
+// says that they are all resident; then so do their threads, in one order for all. Memory is
 // poisoned with 0xFF bytes (NaN in every float type) and lies between inaccessible pages. Any
 // misuse (an access out of bounds, a deadlock, ...) ends the launch with a std::runtime_error that
 // says which thread did what. Destructors of the kernel's own objects are then not run. An endless
@@ -38,6 +39,7 @@ namespace cuda_host {
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic shared memory of a block
+  bool resident = false;    // all blocks run at the same time
 };
 
 /// Runs `body`, which calls the kernel, as every thread of the launch. Throws std::runtime_error
@@ -82,6 +84,10 @@ void* shared_memory();
 
 /// Waits until all threads of the block, of which none may have exited, have come here.
 void block_sync();
+
+/// For a thread that waits, in a loop, for what another one writes: goes on when every other thread
+/// waits too. A deadlock if none has done anything else since the last time.
+void let_others_run();
 
 /// Waits until every lane of the warp (lanes that the block lacks aside) calls this alike, then
 /// copies `bytes` bytes from `mine` of each lane to all + lane * bytes. Other lanes' are 0xFF.

@@ -85,6 +85,8 @@ bool Scheduler::run(unsigned count) {
   count_ = left_ = count;
   rank_.resize(count);
   ready_.reset();
+  polling_.clear();
+  progress_ = true;
   draw_ranks();
   for (unsigned i = 0; i < count; ++i) make_ready(*pool_[i]);
   const int left = sigsetjmp(leave_, 1);
@@ -108,7 +110,13 @@ void Scheduler::make_ready(Fiber& fiber) {
 
 Fiber* Scheduler::next() {
   if (order.kind == Order::kShuffled && --until_draw_ == 0) draw_ranks();
-  const size_t rank = ready_._Find_first();  // of libstdc++
+  size_t rank = ready_._Find_first();  // of libstdc++
+  if (rank == ready_.size() && progress_ && !polling_.empty()) {
+    progress_ = false;
+    for (Fiber* fiber : polling_) make_ready(*fiber);
+    polling_.clear();
+    rank = ready_._Find_first();
+  }
   if (rank == ready_.size()) {
     if (left_ == 0) siglongjmp(leave_, kExited);
     abandon("deadlock: " + describe_all());
@@ -117,7 +125,13 @@ Fiber* Scheduler::next() {
   return pool_[fiber_[rank]].get();
 }
 
+void Scheduler::wait_for_all() {
+  polling_.push_back(current);
+  if (_setjmp(current->resume) == 0) enter(*next());
+}
+
 void Scheduler::wait() {
+  progress_ = true;
   // Saved first: next() may leave run(), and the fiber then goes on in the next run.
   if (_setjmp(current->resume) == 0) enter(*next());
 }

@@ -20,6 +20,7 @@ namespace cuda_host {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned kMostThreads = 1024;  // of a block
+constexpr unsigned kMostFibers = 32 * kMostThreads;
 
 /// What a lane that waits for its warp has brought along.
 struct Exchange {
@@ -58,6 +59,8 @@ class Scheduler {
   bool run(unsigned count);
 
   void make_ready(Fiber& fiber);
+  /// `current` waits until all others wait.
+  void wait_for_all();
   /// Runs others until `current` is ready and its turn has come.
   void wait();
   [[noreturn]] void abandon(std::string message);
@@ -68,12 +71,14 @@ class Scheduler {
   void draw_ranks();
 
   std::vector<std::unique_ptr<Fiber>> pool_;
-  unsigned count_ = 0;               // fibers of this run
-  unsigned left_ = 0;                // of which have not exited
-  std::vector<unsigned> rank_;       // of a fiber; the ready one of the lowest rank runs
-  std::vector<unsigned> fiber_;      // of a rank
-  std::bitset<kMostThreads> ready_;  // ranks
-  unsigned until_draw_ = 0;          // switches until new ranks are drawn
+  unsigned count_ = 0;              // fibers of this run
+  unsigned left_ = 0;               // of which have not exited
+  std::vector<unsigned> rank_;      // of a fiber; the ready one of the lowest rank runs
+  std::vector<unsigned> fiber_;     // of a rank
+  std::bitset<kMostFibers> ready_;  // ranks
+  std::vector<Fiber*> polling_;     // in wait_for_all()
+  bool progress_ = false;           // whether any has done anything but poll since they last ran
+  unsigned until_draw_ = 0;         // switches until new ranks are drawn
   std::mt19937_64 random_;
   sigjmp_buf leave_;  // of run()
 

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The products of tier 2's warps: a tile of W by words of s, in each type.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace fastrnn::cuda {
+
+/// Four words of 32 bits: what a lane reads at once.
+struct __align__(16) Words {
+  uint32_t word[4];
+};
+
+/// How a tile of W, words of type T that a lane holds, is multiplied by words of s. A word is two
+/// 16-bit numbers, or a float.
+template <typename T>
+class Multiplier {
+ public:
+  __device__ __forceinline__ Multiplier(const Words& w, uint32_t) : w_(w) {}
+  /// The product number k goes to one of the parts of the sums.
+  template <int kParts>
+  __device__ __forceinline__ void add_product(float (&sums)[kParts][4], int k,
+                                              const uint32_t (&s)[2]) const {
+    mma(T{}, sums[k % kParts], w_.word, s);
+  }
+
+ private:
+  const Words& w_;
+};
+
+/// Floats as sums of two TF32 numbers each: w s = w_high s_high + w_high s_low + w_low s_high,
+/// which leaves out 2^-22 of it. W is taken apart in each step anew: registers do not hold both
+/// parts.
+template <>
+class Multiplier<float> {
+ public:
+  /// `mask` is kTf32Bits, but the compiler must not know.
+  __device__ __forceinline__ Multiplier(const Words& w, uint32_t mask)
+      : mask_(mask), half_((0u - mask) >> 1) {
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) split(w.word[i], high_[i], low_[i]);
+  }
+  template <int kParts>
+  __device__ __forceinline__ void add_product(float (&sums)[kParts][4], int k,
+                                              const uint32_t (&s)[2]) const {
+    uint32_t high[2], low[2], finite[2];
+    FASTRNN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      split(s[i], high[i], low[i]);
+      // Infinity times the low part of W, whose sign is any, would be NaN.
+      const bool is_finite = (high[i] & 0x7f800000u) != 0x7f800000u;
+      finite[i] = is_finite ? high[i] : 0;
+      low[i] = is_finite ? low[i] : 0;
+    }
+    mma(Tf32{}, sums[3 * k % kParts], low_, finite);
+    mma(Tf32{}, sums[(3 * k + 1) % kParts], high_, low);
+    mma(Tf32{}, sums[(3 * k + 2) % kParts], high_, high);
+  }
+
+ private:
+  __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) const {
+    high = rounded(bits);
+    low = rounded(bits_of(float_of(bits) - float_of(high)));
+  }
+  /// To the nearest TF32 number.
+  __device__ __forceinline__ uint32_t rounded(uint32_t bits) const {
+    return (bits + half_) & mask_;
+  }
+
+  const uint32_t mask_, half_;  // the bits of a TF32 number, and half of its last one
+  uint32_t high_[4], low_[4];
+};
+
+}  // namespace fastrnn::cuda

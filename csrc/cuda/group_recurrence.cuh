@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tier 2: a group of blocks shares a layer that one multiprocessor cannot hold. Each block keeps
+// the weights of a few units in registers and walks through all steps with the group's rows of the
+// batch; s travels from block to block in global memory, by way of the L2 cache.
+//
+// The state of a step is the output of the step before, so blocks read it there, and it is its own
+// signal: `out` is filled with kAwaited before, a number that no block writes, and a warp reads
+// what it needs again and again until nothing of it is kAwaited. There is no barrier between
+// blocks, no flag and no buffer that is used twice. All blocks of a launch must be resident at the
+// same time.
+//
+// Within a block each of the warps multiplies a part of s, by tensor cores:
+//   sums^T [units, rows] += W[units, part] s^T[part, rows]
+// and the parts are added up in shared memory: one barrier per step.
+#pragma once
+
+#include "activation.cuh"
+#include "group_product.cuh"
+#include "group_sizes.h"
+#include "launch.cuh"
+#include "walk.cuh"
+
+namespace fastrnn::cuda {
+
+/// One thread's part of a block's walk. A thread has two roles: as a lane of a warp it multiplies
+/// fragments (see mma() in primitives.cuh), and it finishes the sums of kOutputs rows of one unit.
+/// Each of the kWarps takes every kWarps-th chunk of s, kChunks at most.
+template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
+class GroupRecurrence {
+ public:
+  static constexpr int kThreads = 32 * kGroupWarps, kUnits = 16 * kTiles, kRows = 8 * kRowTiles;
+  // Four numbers more than a row of sums, so that lanes write to different banks.
+  static constexpr int kPartStride = kUnits + 4, kPartSize = kRows * kPartStride;
+  static constexpr size_t kSharedBytes = (2 * kGroupWarps * kPartSize + 1) * sizeof(float);
+
+  __device__ __forceinline__ GroupRecurrence(const RecurrenceArgs& args, int first_group)
+      : d_(blockIdx.y == 0 ? args.direction[0] : args.direction[1]),
+        B_(args.steps.B),
+        H_(static_cast<int>(args.H)),
+        activation_(args.activation),
+        blocks_((H_ + kUnits - 1) / kUnits),
+        unit0_(static_cast<int>(blockIdx.x % blocks_) * kUnits),
+        row0_((first_group + static_cast<int64_t>(blockIdx.x / blocks_)) * kRows),
+        walk_(args.steps, d_, row0_),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        unit_(unit0_ + static_cast<int>(threadIdx.x % kUnits)),
+        row_(row0_ + threadIdx.x / kUnits),
+        addend_(view_of(d_.addend, sizeof(Addend))),
+        y_(view_of(d_.y, sizeof(T))),
+        out_(view_of(d_.out, sizeof(T))),
+        parts_(static_cast<float*>(shared_memory())),
+        mask_(reinterpret_cast<uint32_t*>(parts_ + 2 * kGroupWarps * kPartSize)) {}
+
+  __device__ __forceinline__ void run() {
+    load_weights(static_cast<const T*>(d_.w_hh));
+    load_bias();
+    if (threadIdx.x == 0) *mask_ = kTf32Bits;
+    __syncthreads();
+    if (walk_.count > 0) now_ = moment(0);
+    int64_t before = kBackward && walk_.count > 0 ? walk_.rows_before() : 0;
+    load_inputs();
+    for (int i = 0; i < walk_.count; ++i) {
+      if (i + 1 < walk_.count) next_ = moment(i + 1);
+      float* const parts = parts_ + i % 2 * (kGroupWarps * kPartSize);
+      multiply(parts + warp_ * kPartSize, i);
+      __syncthreads();
+      finish(parts, before, i + 1 == walk_.count);
+      before = now_.rows;
+      last_ = now_;
+      now_ = next_;
+      if (i + 1 < walk_.count) load_inputs();
+    }
+    keep_state_of_idle_rows();
+  }
+
+ private:
+  using Addend = std::conditional_t<kBackward, T, float>;
+  static constexpr int kChunk = group_chunk(sizeof(T));
+  static constexpr int kWordNumbers = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kRowStep = kThreads / kUnits;
+  static constexpr int kOutputs = kRows > kRowStep ? kRows / kRowStep : 1;
+  // Chunks of s that registers hold at once, beside the weights.
+  static constexpr int kAtOnce = sizeof(T) == 2 || kChunks * kRowTiles <= 8 ? kChunks
+                                                                            : (kChunks > 8   ? 2
+                                                                               : kChunks > 4 ? 4
+                                                                                             : 8) /
+                                                                                  kRowTiles;
+  static_assert(kChunks % kAtOnce == 0);
+  static constexpr int kMostInVain = 4;
+
+  /// A tile's sums in parts, where tiles are few: an mma waits for the one before that adds to the
+  /// same part.
+  struct Sums {
+    static constexpr int kParts = kTiles * kRowTiles == 1 ? 4 : kTiles * kRowTiles == 2 ? 2 : 1;
+    float sum[kParts][4];
+
+    __device__ __forceinline__ float total(int k) const {
+      float result = sum[0][k];
+      FASTRNN_UNROLL
+      for (int p = 1; p < kParts; ++p) result += sum[p][k];
+      return result;
+    }
+  };
+
+  /// A sequence: bytes to the next position (a step, or in packed data a row) and to the next row.
+  struct View {
+    char* data;
+    int64_t stride, row_stride;
+
+    template <typename Number>
+    __device__ __forceinline__ Number* at(int64_t position, int64_t row) const {
+      return reinterpret_cast<Number*>(data + position * stride + row * row_stride);
+    }
+  };
+
+  /// A step: its place in every sequence, and how many rows of the batch are alive.
+  struct Moment {
+    int64_t position = 0, rows = 0;
+  };
+
+  __device__ __forceinline__ View view_of(const Sequence& s, int64_t bytes) const {
+    return {static_cast<char*>(s.data), (walk_.packed() ? s.row_stride : s.step_stride) * bytes,
+            s.row_stride * bytes};
+  }
+
+  __device__ __forceinline__ Moment moment(int i) const {
+    const int64_t t = walk_.step(i);
+    return {walk_.packed() ? walk_.steps.first_row[t] : t, walk_.rows(t)};
+  }
+
+  /// The thread's output number j.
+  __device__ __forceinline__ int64_t row(int j) const { return row_ + j * kRowStep; }
+  __device__ __forceinline__ bool has(int j, int64_t rows) const {
+    return unit_ < H_ && row(j) < rows && row(j) < row0_ + kRows;
+  }
+
+  /// The words of W that meet the words of s which this lane's group of four reads: of s a lane has
+  /// four that follow one another, and which of W's columns is called k is free.
+  __device__ __forceinline__ void load_weights(const T* w) {
+    FASTRNN_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      FASTRNN_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        FASTRNN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          FASTRNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int unit = unit0_ + 16 * m + lane_ / 4 + 8 * (i % 2);
+            const int column = chunk_begin(c) + (2 * half + i / 2) * kWordNumbers;
+            w_[c][m][half].word[i] = weight(w, unit, column);
+          }
+        }
+      }
+    }
+  }
+  /// Forward: W[unit][column ...]; backward: W[column ...][unit].
+  __device__ __forceinline__ uint32_t weight(const T* w, int unit, int column) const {
+    if (unit >= H_ || column >= H_) return 0;
+    const int64_t across = kBackward ? H_ : 1;
+    const T* const first =
+        w + (kBackward ? int64_t{column} * H_ + unit : int64_t{unit} * H_ + column);
+    uint32_t word = bits_of(first[0]);
+    if (kWordNumbers == 2) word |= bits_of(first[across]) << 16;
+    return word;
+  }
+  /// The first of the units of s that this lane reads of its warp's chunk c.
+  __device__ __forceinline__ int chunk_begin(int c) const {
+    return (warp_ + c * kGroupWarps) * kChunk + lane_ % 4 * (4 * kWordNumbers);
+  }
+
+  __device__ __forceinline__ void load_bias() {
+    bias_ = 0;
+    if (!kBackward && d_.b_ih != nullptr && unit_ < H_)
+      bias_ = to_float(static_cast<const T*>(d_.b_ih)[unit_]) +
+              to_float(static_cast<const T*>(d_.b_hh)[unit_]);
+  }
+
+  /// What this thread's outputs of the step now_ are made of; loaded while blocks wait.
+  __device__ __forceinline__ void load_inputs() {
+    FASTRNN_UNROLL
+    for (int j = 0; j < kOutputs; ++j) {
+      const bool here = has(j, now_.rows);
+      addends_[j] = here && d_.addend.data != nullptr
+                        ? addend_.template at<const Addend>(now_.position, row(j))[unit_]
+                        : Addend{};
+      if (kBackward) ys_[j] = here ? y_.template at<const T>(now_.position, row(j))[unit_] : T{};
+    }
+  }
+
+  /// Where this lane reads s of its rows before the step now_; null: zeros.
+  struct Sources {
+    const char* row[kRowTiles];
+    unsigned awaited = 0;  // rows that another block writes
+  };
+
+  __device__ __forceinline__ Sources sources(int i) const {
+    Sources from;
+    FASTRNN_UNROLL
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int64_t row = row0_ + 8 * r + lane_ / 4;
+      from.row[r] = nullptr;
+      if (row >= now_.rows) continue;
+      if (i > 0 && row < last_.rows) {
+        from.row[r] = out_.template at<const char>(last_.position, row);
+        from.awaited |= 1u << r;
+      } else if (d_.state != nullptr) {
+        from.row[r] = static_cast<const char*>(d_.state) + row * H_ * int64_t{sizeof(T)};
+      }
+    }
+    return from;
+  }
+
+  /// This warp's part of the sums of all units and rows, into `part` [kRows][kPartStride].
+  __device__ __forceinline__ void multiply(float* part, int i) const {
+    // Read in each step: else the compiler would compute all that hangs on it once, for all steps.
+    const uint32_t mask = *static_cast<const volatile uint32_t*>(mask_);
+    const Sources from = sources(i);
+    Sums sums[kTiles][kRowTiles] = {};
+    FASTRNN_UNROLL
+    for (int begin = 0; begin < kChunks; begin += kAtOnce) {
+      Words s[kAtOnce][kRowTiles];
+      receive(from, begin, s);
+      warp_sync();
+      FASTRNN_UNROLL
+      for (int k = 0; k < 2 * kAtOnce; ++k) {
+        FASTRNN_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          const Multiplier<T> weights(w_[begin + k / 2][m][k % 2], mask);
+          FASTRNN_UNROLL
+          for (int r = 0; r < kRowTiles; ++r) {
+            const uint32_t* const words = s[k / 2][r].word + 2 * (k % 2);
+            weights.add_product(sums[m][r].sum, k, {words[0], words[1]});
+          }
+        }
+      }
+    }
+    FASTRNN_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      FASTRNN_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        FASTRNN_UNROLL
+        for (int k = 0; k < 4; ++k)
+          part[(8 * r + lane_ % 4 * 2 + k % 2) * kPartStride + 16 * m + lane_ / 4 + k / 2 * 8] =
+              sums[m][r].total(k);
+      }
+    }
+  }
+
+  /// The chunks of s from `begin` on, as soon as all of them are there. Only the first of many are
+  /// read again and again while nothing is there: who reads much in vain keeps others waiting.
+  __device__ __forceinline__ void receive(const Sources& from, int begin,
+                                          Words (&s)[kAtOnce][kRowTiles]) const {
+    constexpr int kFirst = kAtOnce * kRowTiles > kMostInVain ? 1 : kAtOnce;
+    receive<0, kFirst>(from, begin, s);
+    if (kFirst < kAtOnce) receive<kFirst, kAtOnce>(from, begin, s);
+  }
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void receive(const Sources& from, int begin,
+                                          Words (&s)[kAtOnce][kRowTiles]) const {
+    const auto for_each = [&](const auto& f) {
+      FASTRNN_UNROLL
+      for (int c = kBegin; c < kEnd; ++c) {
+        FASTRNN_UNROLL
+        for (int r = 0; r < kRowTiles; ++r) f(c, r);
+      }
+    };
+    for_each([&](int c, int r) { s[c][r] = read(from.row[r], begin + c); });
+    bool complete;
+    do {
+      complete = true;
+      for_each([&](int c, int r) {
+        if ((from.awaited & 1u << r) == 0 || !is_awaited(s[c][r])) return;
+        complete = false;
+        let_others_run();
+        s[c][r] = read(from.row[r], begin + c);
+      });
+    } while (!complete);
+  }
+  __device__ __forceinline__ Words read(const char* row, int c) const {
+    if (row == nullptr || chunk_begin(c) >= H_) return {};
+    Words words;
+    load_fresh(row + chunk_begin(c) * static_cast<int>(sizeof(T)), words.word);
+    return words;
+  }
+  /// Whether any number in it has not been written yet.
+  static __device__ __forceinline__ bool is_awaited(const Words& words) {
+    uint32_t found = 0;
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = words.word[i];
+      if (kWordNumbers == 1)
+        found |= word == 0xffffffffu;
+      else
+        found |= (~word - 0x00010001u) & word & 0x80008000u;  // has a half of ones
+    }
+    return found != 0;
+  }
+
+  /// Adds up the parts of this thread's outputs, activates and writes them.
+  __device__ __forceinline__ void finish(const float* parts, int64_t before, bool is_last) {
+    FASTRNN_UNROLL
+    for (int j = 0; j < kOutputs; ++j) {
+      if (!has(j, now_.rows)) continue;
+      const float* const mine = parts + (row(j) - row0_) * kPartStride + (unit_ - unit0_);
+      float sum = to_float(addends_[j]) + bias_;
+      FASTRNN_UNROLL
+      for (int w = 0; w < kGroupWarps; ++w) sum += mine[w * kPartSize];
+      const int64_t place = row(j) * H_ + unit_;  // in [B, H]
+      if (kBackward && d_.grad_h_n != nullptr && row(j) >= before)
+        sum += to_float(static_cast<const T*>(d_.grad_h_n)[place]);
+      const float y = kBackward ? to_float(ys_[j]) : 0.0f;
+      const T s = not_awaited(from_float<T>(activate<T, kBackward>(activation_, sum, y)));
+      store_fresh(out_.template at<T>(now_.position, row(j)) + unit_, s);
+      walked_ |= 1u << j;
+      if (d_.final_state != nullptr && (is_last || row(j) >= next_.rows))
+        static_cast<T*>(d_.final_state)[place] = s;
+    }
+  }
+  /// A NaN of other bits in place of what kAwaited is.
+  static __device__ __forceinline__ T not_awaited(T s) {
+    constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
+    return bits_of(s) == kAwaited ? from_bits<T>(kAwaited >> 1) : s;
+  }
+
+  /// Rows that were not alive in any of the steps.
+  __device__ __forceinline__ void keep_state_of_idle_rows() const {
+    if (d_.final_state == nullptr) return;
+    FASTRNN_UNROLL
+    for (int j = 0; j < kOutputs; ++j) {
+      if (!has(j, B_) || (walked_ & 1u << j) != 0) continue;
+      const int64_t place = row(j) * H_ + unit_;
+      static_cast<T*>(d_.final_state)[place] =
+          d_.state != nullptr ? static_cast<const T*>(d_.state)[place] : T{};
+    }
+  }
+
+  const RecurrenceDirection d_;
+  const int64_t B_;
+  const int H_;
+  const Activation activation_;
+  const int blocks_, unit0_;  // of the group; the first unit of this block
+  const int64_t row0_;        // the group's first row of the batch
+  const Walk walk_;
+  const int warp_, lane_;
+  const int unit_;     // of this thread's outputs ...
+  const int64_t row_;  // ... and the first one's row
+  const View addend_, y_, out_;
+  float* const parts_;    // in shared memory, two of [kGroupWarps][kRows][kPartStride], ...
+  uint32_t* const mask_;  // ... and kTf32Bits
+  Moment last_, now_, next_;
+  unsigned walked_ = 0;  // outputs that were alive once
+  float bias_;           // b_ih + b_hh
+  Addend addends_[kOutputs];
+  T ys_[kOutputs];
+  Words w_[kChunks][kTiles][2];
+};
+
+template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
+__global__ void __launch_bounds__(32 * kGroupWarps, 1)
+    group_recurrence(const __grid_constant__ RecurrenceArgs args, int first_group) {
+  GroupRecurrence<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
+}
+
+/// `groups` at a time, as many as are resident at the same time.
+template <typename T, int kTiles, int kChunks, int kRowTiles>
+const char* run_groups(const RecurrenceArgs& args, int64_t groups, Stream stream) {
+  using Kernel = GroupRecurrence<T, false, kTiles, kChunks, kRowTiles>;
+  const int64_t blocks = (args.H + Kernel::kUnits - 1) / Kernel::kUnits;
+  const int64_t all = (args.steps.B + Kernel::kRows - 1) / Kernel::kRows;
+  LaunchShape shape;
+  shape.blocks_y = args.directions;
+  shape.threads = Kernel::kThreads;
+  shape.shared_bytes = Kernel::kSharedBytes;
+  shape.resident = true;
+  const auto kernel = args.backward ? group_recurrence<T, true, kTiles, kChunks, kRowTiles>
+                                    : group_recurrence<T, false, kTiles, kChunks, kRowTiles>;
+  for (int64_t first = 0; first < all; first += groups) {
+    const int64_t count = all - first < groups ? all - first : groups;
+    shape.blocks_x = static_cast<unsigned>(count * blocks);
+    if (const char* error = launch(kernel, shape, stream, args, static_cast<int>(first)))
+      return error;
+  }
+  return nullptr;
+}
+
+}  // namespace fastrnn::cuda
