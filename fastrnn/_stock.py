@@ -44,7 +44,8 @@ class StockRNN:
         self.mode = MODES[nonlinearity]
         self.input_size = weights[0].size(-1)
         self.hidden_size = weights[0].size(0)
-        self.__dict__.update(options)
+        for name, value in options.items():  # Dynamo of torch 2.11 cannot trace __dict__.update
+            setattr(self, name, value)
 
     def _update_flat_weights(self) -> None:
         """The weights are what the caller passed."""

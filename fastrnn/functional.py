@@ -56,7 +56,8 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if compiling:
-        if torch.compiler.is_exporting():
+        # Not is_exporting(), which Dynamo of torch 2.11 takes for True whenever it traces.
+        if torch.compiler._is_exporting_flag:
             return False
     elif (
         torch.overrides.has_torch_function((input, hx, *weights))

@@ -144,6 +144,21 @@ class RNN(torch.nn.RNNBase):
             bidirectional=self.bidirectional,
         )
 
+    def flatten_parameters(self) -> None:
+        """Leave every weight where it lies, since the kernels read it there.
+
+        Kept so that code written for `torch.nn.RNN` runs. On a GPU without kernels PyTorch's path
+        computes, and the parameters move into one buffer for cuDNN as `torch.nn.RNN`'s do.
+        """
+        weight = self._flat_weights[0] if self._flat_weights else None
+        if (
+            isinstance(weight, Tensor)
+            and weight.is_cuda
+            and torch.cuda.is_available()  # fake tensors are on a GPU where there is none
+            and not functional._is_fused_device(weight.device)
+        ):
+            super().flatten_parameters()
+
     def _current_weights(self) -> list[Any]:
         """The weights as they are now, in nn.RNN's flat order: those that nn.RNN would take.
 

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
+from fastrnn import functional
 
 SIZES = (3, 4)
 OPTIONS = {
@@ -386,6 +387,48 @@ def test_averaged_model_computes_with_the_average():
         average.update_parameters(module)
         outputs.append(average(sequence())[0])
     close(*outputs)
+
+
+def test_parameters_that_kernels_read_are_not_moved_into_one_buffer(monkeypatch):
+    """On a GPU RNNBase would, at every move, and cannot where one has strange strides."""
+
+    def refuse(module):
+        raise AssertionError("the parameters would be copied")
+
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", refuse)
+    module = fastrnn.RNN(*SIZES).double()
+    module.flatten_parameters()
+    weights = {name: drawn(p) for name, p in module.named_parameters()}
+    torch.func.functional_call(module, weights, (sequence(),))
+
+
+class OnAGpu(torch.Tensor):
+    """Says that it is."""
+
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "built_for, gpus, capability, flattened",
+    [
+        ({"cpu", "cuda"}, True, (8, 0), False),
+        ({"cpu", "cuda"}, True, (7, 5), True),
+        ({"cpu"}, True, (9, 0), True),
+        ({"cpu", "cuda"}, False, None, False),  # the tensors are fake
+    ],
+)
+def test_only_what_cudnn_will_compute_is_moved_into_one_buffer(
+    built_for, gpus, capability, flattened, monkeypatch
+):
+    module, calls = fastrnn.RNN(*SIZES), []
+    module._flat_weights = [w.detach().as_subclass(OnAGpu) for w in module.parameters()]
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda m: calls.append(m))
+    monkeypatch.setattr(functional, "_FUSED_DEVICES", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    module.flatten_parameters()
+    assert calls == [module] * flattened
 
 
 def test_flatten_parameters_changes_nothing():
