@@ -34,6 +34,8 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 #: every 8.x. 9.0a is Hopper with the instructions that it alone has, so its PTX would run nowhere
 #: else: newer GPUs get the PTX of 8.0, which their driver compiles.
 ARCHITECTURES = "8.0+PTX;9.0a"
+#: Of the CUDA runtime, and of the libraries whose headers ATen/cuda/CUDAContext.h includes.
+CUDA_HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
 class Facts(NamedTuple):
@@ -44,17 +46,24 @@ class Facts(NamedTuple):
     torch_cuda: str | None  # the CUDA that torch was built with
     home: str | None  # folder of the CUDA toolkit
     nvcc: str | None  # version of the nvcc in it
-    headers: bool  # whether the headers of the CUDA runtime are in it
+    lacks: str | None  # the first of CUDA_HEADERS that the compiler would not find
 
 
 def gather_facts() -> Facts:
     """The facts of this machine; without torch.cuda.is_available(), as none is about a GPU."""
     asked = os.environ.get("FASTRNN_CUDA", "")
-    nvcc, headers = None, False
+    nvcc = lacks = None
     if torch.version.cuda and CUDA_HOME:
         nvcc = nvcc_version(Path(CUDA_HOME))
-        headers = Path(CUDA_HOME, "include", "cuda_runtime.h").exists()
-    return Facts(asked, str(torch.__version__), torch.version.cuda, CUDA_HOME, nvcc, headers)
+        lacks = next((name for name in CUDA_HEADERS if not has_header(CUDA_HOME, name)), None)
+    return Facts(asked, str(torch.__version__), torch.version.cuda, CUDA_HOME, nvcc, lacks)
+
+
+def has_header(home: str, name: str) -> bool:
+    """Whether a header is in a toolkit, or where the environment tells the compiler to look."""
+    paths = (os.environ.get(variable, "") for variable in ("CPATH", "CPLUS_INCLUDE_PATH"))
+    folders = [f"{home}/include", *os.pathsep.join(paths).split(os.pathsep)]
+    return any(Path(folder, name).exists() for folder in folders if folder)
 
 
 def nvcc_version(home: Path) -> str | None:
@@ -81,8 +90,11 @@ def what_is_missing(facts: Facts) -> tuple[str, str] | None:
         return f"{torch_has}, but no CUDA toolkit was found", remedy
     if not facts.nvcc:
         return f"{torch_has}, but the CUDA toolkit at {facts.home} has no working nvcc", remedy
-    if not facts.headers:
-        return f"{torch_has}, but there is no include/cuda_runtime.h at {facts.home}", remedy
+    if facts.lacks:
+        return (
+            f"{torch_has}, but there is no include/{facts.lacks} at {facts.home}",
+            f"{remedy}, or CPATH to that of the header",
+        )
     if facts.nvcc.split(".")[0] != major:
         return f"{torch_has}, but nvcc at {facts.home} is of CUDA {facts.nvcc}", remedy
     return None

@@ -2,6 +2,8 @@
 //
 // The CUDA engine on CPU tensors: its own C++, with the kernels run by the emulator. Every tensor
 // of a call, inputs included, lies between inaccessible pages and is poisoned before it is written.
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
@@ -9,6 +11,7 @@
 #include <cstring>
 
 #include "cuda/layer_common.h"
+#include "cuda/products.h"
 #include "cuda_host.h"
 
 namespace fastrnn {
@@ -25,6 +28,29 @@ Gpu current_gpu() {
   gpu.shared_bytes = 227 << 10;
   gpu.small_bytes = 32 << 10;
   return gpu;
+}
+
+Multiplier::Multiplier(at::ScalarType type, at::ScalarType result)
+    : type_(type), result_(result), handle_(nullptr), tf32_(false) {
+  TORCH_CHECK(result == type || result == compute_type(type));
+}
+
+/// As strict as cuBLAS.
+void Multiplier::operator()(const Matrix& a, const Matrix& b, void* out, int64_t stride,
+                            bool accumulate) const {
+  const at::ScalarType sums = compute_type(type_);
+  const auto numbers = [&](const Matrix& m) {
+    TORCH_CHECK(m.rows >= 1 && m.columns >= 1);
+    TORCH_CHECK(m.stride >= (m.column_major ? m.rows : m.columns));
+    const int64_t row = m.column_major ? 1 : m.stride, column = m.column_major ? m.stride : 1;
+    return at::from_blob(const_cast<void*>(m.data), {m.rows, m.columns}, {row, column}, type_)
+        .to(sums);
+  };
+  TORCH_CHECK(a.columns == b.rows && stride >= b.columns);
+  const Tensor result = at::from_blob(out, {a.rows, b.columns}, {stride, 1}, result_);
+  const Tensor product = at::mm(numbers(a), numbers(b));
+  if (accumulate) product.add_(result);
+  result.copy_(product);
 }
 
 }  // namespace cuda
@@ -118,6 +144,10 @@ TORCH_LIBRARY(fastrnn_cuda_host, m) {
       "bool bias, int num_layers, bool bidirectional, bool[] needs) "
       "-> (Tensor, Tensor, Tensor[])",
       rnn_backward_on_host);
+  m.def("product_out(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()",
+        [](const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+          cuda::product_out(out, a, b, accumulate);
+        });
 }
 
 }  // namespace fastrnn

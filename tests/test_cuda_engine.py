@@ -18,9 +18,10 @@ from fastrnn import testing
 pytestmark = pytest.mark.skipif(not cuda_host.available(), reason="needs Linux and g++")
 
 CSRC = cuda_host.ROOT / "csrc"
+NEED_CUDA = ("rnn_cuda.cpp", "products.cpp")  # cuda_engine.cpp has twins of what they hold
 SOURCES = [
     *sorted((CSRC / "cuda").glob("*.cu")),
-    *(path for path in sorted((CSRC / "cuda").glob("*.cpp")) if path.name != "rnn_cuda.cpp"),
+    *(p for p in sorted((CSRC / "cuda").glob("*.cpp")) if p.name not in NEED_CUDA),
     *[CSRC / "layer.cpp", CSRC / "rnn.cpp", Path(__file__).with_name("cuda_engine.cpp")],
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -154,6 +155,37 @@ def test_tensors_are_read_as_they_lie(engine, monkeypatch, shape, I, tier):
             [output, *torch.autograd.grad(output, [x, hx, *module.parameters()], gradient)]
         )
     torch.testing.assert_close(*results)
+
+
+LAYOUTS = {
+    "as it is": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "columns of a wider one": lambda t: torch.cat([t, t], 1)[:, : t.size(1)],
+    "rows of a longer one, transposed": lambda t: torch.cat([t, t]).t().contiguous().t()[: len(t)],
+    "every other column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "one row, many times": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("m, k, n", [(3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize("of_a, of_b", [*itertools.product(LAYOUTS, repeat=2)])
+def test_matrices_of_any_strides_are_multiplied(library, of_a, of_b, m, k, n):
+    a, b = LAYOUTS[of_a](torch.randn(m, k)), LAYOUTS[of_b](torch.randn(k, n))
+    out = torch.full([m, 2 * n], 7.0)
+    torch.ops.fastrnn_cuda_host.product_out(out[:, :n], a, b, False)
+    torch.testing.assert_close(out, torch.cat([a @ b, torch.full([m, n], 7.0)], 1))
+    torch.ops.fastrnn_cuda_host.product_out(out[:, n:], a, b, True)
+    torch.testing.assert_close(out, torch.cat([a @ b, a @ b + 7], 1))
+
+
+@pytest.mark.parametrize("m, k, n", [(3, 0, 5), (0, 4, 5), (3, 4, 0), (0, 0, 0)])
+def test_a_sum_of_nothing_is_zero(library, m, k, n):
+    out = torch.full([m, n], 7.0)
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    torch.ops.fastrnn_cuda_host.product_out(out, a, b, True)
+    assert (out == 7).all()
+    torch.ops.fastrnn_cuda_host.product_out(out, a, b, False)
+    assert (out == 0).all()
 
 
 def test_the_engine_is_what_ran(engine):

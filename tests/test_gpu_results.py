@@ -206,6 +206,18 @@ def test_the_newer_setting_may_forbid_tf32_too(H):
 
 
 @every_precision
+@pytest.mark.parametrize("H", [64, 512])
+def test_settings_of_matrix_products_change_no_bit(H, precision, monkeypatch):
+    case = Case(9, 16, 33, H, hx=True)
+    first = run(fastrnn.RNN, case, precision)
+    matmul = torch.backends.cuda.matmul
+    reduced = [f"allow_{name}_reduced_precision_reduction" for name in ("fp16", "bf16")]
+    for name in ("allow_tf32", "allow_fp16_accumulation", *reduced):
+        monkeypatch.setattr(matmul, name, not getattr(matmul, name))
+    assert_same_bits(first, run(fastrnn.RNN, case, precision))
+
+
+@every_precision
 def test_thousands_of_steps_stay_as_accurate_as_nn_rnns(precision):
     case = Case(5000, 4, 64, 64, hx=True)
     assert_accurate(run(fastrnn.RNN, case, precision), case, precision)

@@ -20,7 +20,7 @@ spec = importlib.util.spec_from_file_location("fastrnn_setup", ROOT / "setup.py"
 setup = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(setup)
 
-ALL = setup.Facts("", "2.11.0+cu130", "13.0", "/opt/cuda", "13.1", True)
+ALL = setup.Facts("", "2.11.0+cu130", "13.0", "/opt/cuda", "13.1", None)
 # Each lacks one thing; then what the reason and the remedy say of it.
 LACKING = {
     "torch": (
@@ -30,7 +30,7 @@ LACKING = {
     ),
     "toolkit": (ALL._replace(home=None), "no CUDA toolkit was found", "install the CUDA toolkit"),
     "nvcc": (ALL._replace(nvcc=None), "at /opt/cuda has no working nvcc", "or set CUDA_HOME"),
-    "headers": (ALL._replace(headers=False), "no include/cuda_runtime.h at", "or set CUDA_HOME"),
+    "header": (ALL._replace(lacks="a.h"), "no include/a.h at /opt/cuda", "or CPATH to that of"),
     "version": (ALL._replace(nvcc="12.8"), "nvcc at /opt/cuda is of CUDA 12.8", "toolkit 13.x"),
 }
 lacking = pytest.mark.parametrize("facts, what, remedy", LACKING.values(), ids=LACKING)
@@ -75,11 +75,11 @@ def test_another_value_is_an_error(asked):
 
 def test_every_combination_of_facts_is_decided_in_one_line():
     """Built exactly if nothing is missing and nobody said no; else a reason or an error."""
-    for asked, cuda, home, nvcc, headers in itertools.product(
-        ("", "0", "1"), ("13.0", None), ("/opt/cuda", None), ("13.0", "12.8", None), (True, False)
+    for asked, cuda, home, nvcc, lacks in itertools.product(
+        ("", "0", "1"), ("13.0", None), ("/opt/cuda", None), ("13.0", "12.8", None), (None, "a.h")
     ):
-        facts = setup.Facts(asked, "2.11.0", cuda, home, nvcc, headers)
-        there = bool(cuda and home and nvcc == "13.0" and headers)
+        facts = setup.Facts(asked, "2.11.0", cuda, home, nvcc, lacks)
+        there = bool(cuda and home and nvcc == "13.0" and not lacks)
         if asked == "1" and not there:
             with pytest.raises(SystemExit):
                 setup.decide_cuda(facts)
@@ -97,7 +97,8 @@ def toolkit(tmp_path):
     program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 98.7, V98.7.65'\n")
     program.chmod(0o755)
     (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime.h").touch()
+    for name in setup.CUDA_HEADERS:
+        (tmp_path / "include" / name).touch()
     return tmp_path
 
 
@@ -106,19 +107,32 @@ def cuda_torch(monkeypatch, toolkit):
     monkeypatch.setattr(torch.version, "cuda", "98.1")
     monkeypatch.setattr(setup, "CUDA_HOME", str(toolkit))
     monkeypatch.setenv("FASTRNN_CUDA", "1")
+    monkeypatch.delenv("CPATH", raising=False)
+    monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
     # No fact is about a GPU: such a question would be a mistake here.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
 
 
 def test_facts_are_those_of_the_environment_torch_and_the_toolkit(cuda_torch, toolkit):
-    expected = setup.Facts("1", torch.__version__, "98.1", str(toolkit), "98.7", True)
+    expected = setup.Facts("1", torch.__version__, "98.1", str(toolkit), "98.7", None)
     assert setup.gather_facts() == expected
     assert setup.decide_cuda(expected)[0]
 
 
-def test_missing_headers_are_seen(cuda_torch, toolkit):
-    (toolkit / "include" / "cuda_runtime.h").unlink()
-    assert not setup.gather_facts().headers
+@pytest.mark.parametrize("name", setup.CUDA_HEADERS)
+def test_a_missing_header_is_seen(cuda_torch, toolkit, name):
+    (toolkit / "include" / name).unlink()
+    assert setup.gather_facts().lacks == name
+
+
+@pytest.mark.parametrize("variable", ["CPATH", "CPLUS_INCLUDE_PATH"])
+def test_a_header_may_be_where_the_compiler_is_told_to_look(
+    cuda_torch, toolkit, monkeypatch, variable
+):
+    (toolkit / "elsewhere").mkdir()
+    (toolkit / "include" / "cublas_v2.h").rename(toolkit / "elsewhere" / "cublas_v2.h")
+    monkeypatch.setenv(variable, os.pathsep.join(["/nowhere", str(toolkit / "elsewhere")]))
+    assert setup.gather_facts().lacks is None
 
 
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 1\n", "#!/nowhere\n", None])
@@ -132,7 +146,7 @@ def test_without_cuda_in_torch_no_toolkit_is_looked_at(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(setup, "nvcc_version", lambda home: pytest.fail("looked"))
     facts = setup.gather_facts()
-    assert (facts.torch_cuda, facts.nvcc, facts.headers) == (None, None, False)
+    assert (facts.torch_cuda, facts.nvcc, facts.lacks) == (None, None, None)
 
 
 def test_a_build_without_the_cuda_part_has_of_its_sources_the_plan_alone(tmp_path):

@@ -8,7 +8,6 @@
 //
 // The products run over a chunk of steps at a time, so that delta's workspace does not grow with T.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -71,25 +70,17 @@ class DirectionBackward {
   void add_gradients(Range range, const Tensor& delta, const Tensor& output,
                      const Tensor& grad_input, bool accumulate) {
     const Tensor rows = as_rows(delta), delta_t = rows.t();
-    if (wanted_[0])
-      add(sums_.w_ih, float_product(delta_t, as_rows(narrow_steps(layout_, input_, range))));
+    if (wanted_[0]) add_product(sums_.w_ih, delta_t, as_rows(narrow_steps(layout_, input_, range)));
     if (wanted_[1]) add_recurrent_gradient(range, rows, output);
     if (wanted_[2] || wanted_[3])
       add(sums_.b_ih, at::sum(rows, {0}, /*keepdim=*/false, compute_type(rows.scalar_type())));
-    if (!grad_input.defined()) return;
-    Tensor target = as_rows(narrow_steps(layout_, grad_input, range));
-    if (accumulate)
-      target.addmm_(rows, cell_.w_ih);
-    else
-      at::mm_out(target, rows, cell_.w_ih);
+    if (grad_input.defined())
+      product_out(as_rows(narrow_steps(layout_, grad_input, range)), rows, cell_.w_ih, accumulate);
   }
 
   /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
   Cell finish(const Tensor& grad_hx) const {
-    if (grad_hx.defined()) {
-      Tensor target = grad_hx;
-      at::mm_out(target, last_delta_, cell_.w_hh);
-    }
+    if (grad_hx.defined()) product_out(grad_hx, last_delta_, cell_.w_hh);
     const auto rounded = [&](const Tensor& t) {
       return t.defined() ? t.to(input_.scalar_type()) : t;
     };
@@ -121,9 +112,8 @@ class DirectionBackward {
     };
     const int64_t shift = reverse() ? 1 : -1;
     if (from < to)
-      add(sums_.w_hh,
-          float_product(delta_t(from, to), as_rows(y.narrow(0, from + shift, to - from))));
-    if (has_first && hx_.defined()) add(sums_.w_hh, float_product(delta_t(first, first + 1), hx_));
+      add_product(sums_.w_hh, delta_t(from, to), as_rows(y.narrow(0, from + shift, to - from)));
+    if (has_first && hx_.defined()) add_product(sums_.w_hh, delta_t(first, first + 1), hx_);
   }
 
   void add_packed_recurrent_gradient(Range range, const Tensor& rows, const Tensor& y) {
@@ -142,7 +132,7 @@ class DirectionBackward {
     const Tensor previous = at::empty(rows.sizes(), rows.options());
     a.out = previous.mutable_data_ptr();
     check_launch(gather_previous(a, current_stream()));
-    add(sums_.w_hh, float_product(rows.t(), previous));
+    add_product(sums_.w_hh, rows.t(), previous);
   }
 
   const Layout& layout_;
@@ -163,7 +153,6 @@ std::vector<Cell> layers_backward(const BackwardPass& pass) {
   const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
   const Tensor& grad_h_n = pass.grad_h_n;
   const WantedGradients& wanted = pass.wanted[0];
-  const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products with sums in float32, the walk of tier 0, and the arguments of tier 1's kernels.
+// Products of tensors, the walk of tier 0, and the arguments of tier 1's kernels.
 #include "layer_common.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+
+#include "products.h"
 
 #include <algorithm>
 
@@ -13,27 +13,55 @@ namespace fastrnn::cuda {
 
 namespace {
 
-/// cuBLAS refuses float sums of float16 where the process allows float16 sums.
-bool refuses_float_sums(at::ScalarType type) {
-  return type == at::kHalf && at::globalContext().allowFP16AccumulationCuBLAS();
+/// Whether the numbers along `dim` are adjacent and the other stride leads past all of them.
+bool adjacent_along(int64_t dim, const Tensor& t) {
+  return (t.stride(dim) == 1 || t.size(dim) == 1) &&
+         (t.stride(1 - dim) >= t.size(dim) || t.size(1 - dim) == 1);
+}
+
+/// `t` or, of other strides than a Matrix can have, a copy.
+Tensor with_strides_of_matrix(const Tensor& t) {
+  return adjacent_along(1, t) || adjacent_along(0, t) ? t : t.contiguous();
+}
+
+/// The stride of a dimension of one is any number.
+int64_t leading_stride(int64_t adjacent, const Tensor& t) {
+  return std::max(t.stride(1 - adjacent), t.size(adjacent));
+}
+
+Matrix matrix_of(const Tensor& t) {
+  const int64_t adjacent = adjacent_along(1, t) ? 1 : 0;
+  return {t.const_data_ptr(), t.size(0), t.size(1), leading_stride(adjacent, t),
+          /*column_major=*/adjacent == 0};
 }
 
 }  // namespace
 
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (out.numel() == 0) return;
+  TORCH_INTERNAL_ASSERT(adjacent_along(1, out));
+  if (a.size(1) == 0) {
+    if (!accumulate) out.zero_();
+    return;
+  }
+  const Tensor left = with_strides_of_matrix(a), right = with_strides_of_matrix(b);
+  const Multiplier multiply(a.scalar_type(), out.scalar_type());
+  multiply(matrix_of(left), matrix_of(right), out.mutable_data_ptr(), leading_stride(1, out),
+           accumulate);
+}
+
 Tensor float_product(const Tensor& a, const Tensor& b) {
-  Tensor product =
+  const Tensor product =
       at::empty({a.size(0), b.size(1)}, a.options().dtype(compute_type(a.scalar_type())));
-  float_product_out(product, a, b);
+  product_out(product, a, b);
   return product;
 }
 
-void float_product_out(Tensor& product, const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == product.scalar_type())
-    at::mm_out(product, a, b);
-  else if (a.is_cuda() && !refuses_float_sums(a.scalar_type()))
-    at::mm_out(product, a, b, at::kFloat);
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (sum.defined())
+    product_out(sum, a, b, /*accumulate=*/true);
   else
-    at::mm_out(product, a.to(at::kFloat), b.to(at::kFloat));
+    sum = float_product(a, b);
 }
 
 const Tensor& first_row_on_device(const Layout& layout, const Tensor& like) {
@@ -48,7 +76,7 @@ const Tensor& first_row_on_device(const Layout& layout, const Tensor& like) {
 namespace {
 
 /// Tier 0: a product and an epilogue for each step. Its time is that of the calls from the host, so
-/// as few tensors as can be are made in a step.
+/// no tensor is made in a step but where rows end.
 class StepWalk {
  public:
   StepWalk(const Layout& layout, Activation activation, bool backward, Range range,
@@ -56,26 +84,27 @@ class StepWalk {
       : layout_(layout),
         range_(range),
         d_(d),
-        weight_(backward ? d.cell.w_hh : d.cell.w_hh.t()),
+        H_(d.out.size(-1)),
         addend_(sequence_of(layout, d.addend, range.begin)),
         y_(sequence_of(layout, d.y, range.begin)),
-        out_(sequence_of(layout, d.out, range.begin)) {
-    // Else each step would convert it.
-    if (refuses_float_sums(weight_.scalar_type())) weight_ = weight_.to(at::kFloat);
+        out_(sequence_of(layout, d.out, range.begin)),
+        product_(
+            at::empty({layout.B, H_}, d.out.options().dtype(compute_type(d.out.scalar_type())))),
+        weight_{d.cell.w_hh.const_data_ptr(), H_, H_, H_, /*column_major=*/!backward},
+        multiply_(d.out.scalar_type(), product_.scalar_type()) {
     args_.type = type_of(d.out);
     args_.activation = activation;
     args_.backward = backward;
-    args_.H = d.out.size(-1);
+    args_.H = H_;
     if (!backward) {
       args_.b_ih = read_of(d.cell.b_ih);
       args_.b_hh = read_of(d.cell.b_hh);
     }
     args_.grad_h_n = read_of(d.grad_h_n);
+    args_.product = product_.const_data_ptr();
     args_.addend_stride = addend_.row_stride;
     args_.y_stride = y_.row_stride;
     args_.out_stride = out_.row_stride;
-    product_ =
-        at::empty({layout.B, args_.H}, d.out.options().dtype(compute_type(d.out.scalar_type())));
   }
 
   void run() {
@@ -89,13 +118,9 @@ class StepWalk {
     const int64_t count = range_.end - range_.begin;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = d_.descending ? range_.end - 1 - i : range_.begin + i;
-      previous_output_ = std::move(output_);
-      output_ = step_of(layout_, d_.out, t, range_.begin);
       step(t, /*first=*/i == 0);
       const int64_t going_on = i + 1 < count ? std::min(rows(t), rows(after(t))) : 0;
-      if (d_.final_state.defined() && going_on < rows(t))
-        d_.final_state.narrow(0, going_on, rows(t) - going_on)
-            .copy_(output_.narrow(0, going_on, rows(t) - going_on));
+      if (d_.final_state.defined() && going_on < rows(t)) end_rows(t, going_on);
     }
   }
 
@@ -103,11 +128,6 @@ class StepWalk {
   int64_t rows(int64_t t) const { return t < 0 || t >= layout_.T ? 0 : layout_.rows(t); }
   int64_t after(int64_t t) const { return d_.descending ? t - 1 : t + 1; }
   int64_t before(int64_t t) const { return d_.descending ? t + 1 : t - 1; }
-
-  /// The first `count` rows, as a view only where those are not all.
-  static Tensor first_rows(const Tensor& t, int64_t count) {
-    return t.size(0) == count ? t : t.narrow(0, 0, count);
-  }
 
   /// The first row of step t.
   char* row_of(const Sequence& s, int64_t t, int64_t item_size) const {
@@ -117,29 +137,39 @@ class StepWalk {
     return static_cast<char*>(s.data) + elements * item_size;
   }
 
-  /// The state before step t of all its rows, or of the first ones; undefined if of none.
-  Tensor previous(int64_t t, bool first) const {
-    const int64_t continuing = std::min(rows(before(t)), rows(t));
-    const bool has_initial = d_.state.defined() && !args_.backward;  // hx, for rows that begin here
-    const int64_t count = has_initial ? rows(t) : continuing;
-    if (count == 0 || (first && !d_.state.defined())) return Tensor();
-    if (first) return first_rows(d_.state, count);
-    const Tensor going_on = first_rows(previous_output_, continuing);
-    if (continuing == count) return going_on;
-    return at::cat({going_on, d_.state.narrow(0, continuing, count - continuing)});
+  /// Step t is the last one of its rows from `from` on.
+  void end_rows(int64_t t, int64_t from) const {
+    const Tensor out = step_of(layout_, d_.out, t, range_.begin);
+    d_.final_state.narrow(0, from, rows(t) - from).copy_(out.narrow(0, from, rows(t) - from));
+  }
+
+  /// The products of rows [from, to), whose states lie at `state`, `stride` apart.
+  void multiply(const void* state, int64_t stride, int64_t from, int64_t to) const {
+    const int64_t bytes = from * H_ * static_cast<int64_t>(product_.itemsize());
+    multiply_({state, to - from, H_, std::max(stride, H_)}, weight_,
+              static_cast<char*>(product_.mutable_data_ptr()) + bytes, H_);
+  }
+
+  /// The product of each row that has a state before step t; returns how many do. First come those
+  /// whose state the step walked before has written, then those that have the walk's initial one.
+  int64_t multiply_states(int64_t t, bool first) const {
+    const int64_t item_size = d_.out.itemsize();
+    const int64_t continuing = std::min(rows(before(t)), rows(t)), walked = first ? 0 : continuing;
+    if (walked > 0) multiply(row_of(out_, before(t), item_size), out_.row_stride, 0, walked);
+    if (!d_.state.defined()) return walked;
+    // In forward it is hx, also of rows that begin here.
+    const int64_t count = args_.backward ? continuing : rows(t);
+    if (walked < count) {
+      const char* const state = static_cast<const char*>(d_.state.const_data_ptr());
+      multiply(state + walked * H_ * item_size, H_, walked, count);
+    }
+    return count;
   }
 
   ///   out_t = f( addend_t + s_{t-1} W_hh^T + b_ih + b_hh ), or ( addend_t + s_{t+1} W_hh ) f'(y_t)
   void step(int64_t t, bool first) {
-    const Tensor s = previous(t, first);
-    args_.product_rows = 0;
-    if (s.defined()) {
-      Tensor product = first_rows(product_, s.size(0));
-      float_product_out(product, s, weight_);
-      args_.product_rows = s.size(0);
-    }
+    args_.product_rows = multiply_states(t, first);
     args_.rows = rows(t);
-    args_.product = product_.const_data_ptr();
     args_.addend = row_of(addend_, t, d_.addend.defined() ? d_.addend.itemsize() : 0);
     args_.y = row_of(y_, t, d_.out.itemsize());
     args_.out = row_of(out_, t, d_.out.itemsize());
@@ -149,11 +179,12 @@ class StepWalk {
   const Layout& layout_;
   const Range range_;
   const DirectionTensors& d_;
-  Tensor weight_;  // s times it is the product
+  const int64_t H_;
   const Sequence addend_, y_, out_;
-  Tensor output_, previous_output_;  // of this step and of the one walked before, [rows, H]
-  Tensor product_;                   // [B, H]
-  StepArgs args_;                    // of every step, but for its pointers
+  const Tensor product_;  // [B, H]
+  const Matrix weight_;   // s times it is the product
+  const Multiplier multiply_;
+  StepArgs args_;  // of every step, but for its pointers and rows
 };
 
 RecurrenceDirection direction_of(const Layout& layout, bool backward, Range range,

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What layer_forward.cpp and layer_backward.cpp share: the layer's steps in chunks, tensors as the
-// kernels see them, and the recurrence over a chunk by either tier.
+// What layer_forward.cpp and layer_backward.cpp share: the layer's steps in chunks, products of
+// tensors, tensors as the kernels see them, and the recurrence over a chunk by either tier.
 #pragma once
-
-#include <ATen/Context.h>
-
-#include <optional>
 
 #include "layer_cuda.h"
 
 namespace fastrnn::cuda {
 
-/// a b, with sums in float; the result is float, or double for double.
+/// out = a b, or out += a b; sums are in float, of double in double. a and b are matrices of one
+/// type and any strides; out is of that type or compute_type, and the numbers of a row are
+/// adjacent.
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
+/// a b, of compute_type.
 Tensor float_product(const Tensor& a, const Tensor& b);
-void float_product_out(Tensor& product, const Tensor& a, const Tensor& b);
+/// sum += a b; the first one makes it, of compute_type.
+void add_product(Tensor& sum, const Tensor& a, const Tensor& b);
 
 inline void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "fastrnn: CUDA error: ", error);
@@ -37,19 +38,6 @@ inline Type type_of(const Tensor& t) { return type_of(t.scalar_type()); }
 
 inline void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 inline const void* read_of(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-
-/// In its scope, products of float tensors do not use TF32 where nn.RNN may not. Where nn.RNN may
-/// (torch.backends.cudnn), it is the setting of matrix products that decides: that cannot be
-/// changed for this thread alone.
-class Precision {
- public:
-  Precision() {
-    if (!at::globalContext().allowTF32CuDNN(at::Float32Op::RNN)) no_tf32_.emplace();
-  }
-
- private:
-  std::optional<at::NoTF32Guard> no_tf32_;
-};
 
 /// The rows of step t in a tensor that begins at step `origin`, as a matrix.
 inline Tensor step_of(const Layout& layout, const Tensor& t, int64_t step, int64_t origin) {

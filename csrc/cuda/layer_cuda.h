@@ -2,8 +2,8 @@
 //
 // One layer on a GPU, all its directions; the contract is that of Engine. Everything is enqueued on
 // the current stream and nothing waits for it. Includes no CUDA header: what depends on CUDA's
-// libraries is in rnn_cuda.cpp and launch.cuh, so that tests run the rest on the emulator of
-// tests/cuda_host.
+// libraries is in rnn_cuda.cpp, products.cpp and launch.cuh, so that tests run the rest on the
+// emulator of tests/cuda_host.
 #pragma once
 
 #include "../layer.h"

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Forward of one layer on a GPU: the input's product and the recurrence, chunk by chunk.
-#include <ATen/ops/mm.h>
-
 #include "layer_common.h"
 
 namespace fastrnn::cuda {
@@ -13,8 +11,7 @@ namespace {
 /// in float and in the order in which x lies in memory.
 Tensor input_product(const Tensor& x, const Tensor& w_ih, const Tensor& out, bool in_place) {
   if (in_place) {
-    Tensor rows = as_rows(out);
-    at::mm_out(rows, as_rows(x), w_ih.t());
+    product_out(as_rows(out), as_rows(x), w_ih.t());
     return out;
   }
   if (x.dim() == 2) return float_product(x, w_ih.t());
@@ -36,7 +33,6 @@ Cell contiguous(const Cell& cell) {
 
 void layer_forward(const Layout& layout, const Layer& layer, const Tensor& output,
                    const Tensor& h_n) {
-  const Precision precision;
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());

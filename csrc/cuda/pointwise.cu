@@ -11,7 +11,7 @@ namespace fastrnn::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kStepThreads = 128;
 constexpr int64_t kMaxBlocks = 4096;  // then each thread does several numbers
 
 unsigned blocks_for(int64_t numbers) {
@@ -38,16 +38,17 @@ auto with_type(Type type, const F& f) {
 template <typename T>
 using Sum = decltype(to_float(T{}));
 
+/// blockIdx.y is the row, blockIdx.x the part of its units.
 template <typename T, bool kBackward>
 __global__ void step_kernel(const __grid_constant__ StepArgs a) {
   using Addend = std::conditional_t<kBackward, T, Sum<T>>;
   const auto at = [](const void* data, int64_t index) {
     return to_float(static_cast<const T*>(data)[index]);
   };
-  const int64_t count = a.rows * a.H, stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
-       i += stride) {
-    const int64_t row = i / a.H, unit = i % a.H;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (unit >= a.H) return;
+  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
+    const int64_t i = row * a.H + unit;
     Sum<T> sum = 0;
     if (row < a.product_rows)
       sum = static_cast<const Sum<T>*>(a.product)[i];
@@ -101,8 +102,10 @@ __global__ void upload_kernel(const __grid_constant__ Numbers numbers, int64_t* 
 
 const char* step_epilogue(const StepArgs& args, Stream stream) {
   LaunchShape shape;
-  shape.blocks_x = blocks_for(args.rows * args.H);
-  shape.threads = kThreads;
+  shape.blocks_x = static_cast<unsigned>((args.H + kStepThreads - 1) / kStepThreads);
+  shape.blocks_y = static_cast<unsigned>(
+      std::clamp<int64_t>(kMaxBlocks / shape.blocks_x, 1, std::max<int64_t>(1, args.rows)));
+  shape.threads = kStepThreads;
   return with_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     return args.backward ? launch(step_kernel<T, true>, shape, stream, args)
