@@ -191,7 +191,8 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t direction
   const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, gpu);
   py::dict result;
   result["tier"] = static_cast<int>(plan.tier);
-  result["rows"] = plan.rows;
+  // Tier 1 in float: of the batch, in each block; tier 2: in each group of blocks.
+  result["rows"] = plan.tier == cuda::Tier::kGroup ? plan.groups.rows() : plan.block_rows;
   result["fuse_input"] = plan.fuse_input;
   result["chunk_steps"] = plan.chunk_steps;
   return result;

@@ -30,7 +30,7 @@ Gpu current_gpu() {
   return gpu;
 }
 
-Multiplier::Multiplier(at::ScalarType type, at::ScalarType result)
+Multiplier::Multiplier(at::ScalarType type, at::ScalarType result, bool)
     : type_(type), result_(result), handle_(nullptr), tf32_(false) {
   TORCH_CHECK(result == type || result == compute_type(type));
 }

@@ -41,6 +41,7 @@ struct FfmaSizes {
   int units;         // that four lanes share, 2 or 4
   int in_registers;  // of the hidden / 4 weights of a unit that each lane has; shared memory has
                      // the others
+  int resident;      // blocks that share a multiprocessor
 
   constexpr int lane_weights() const { return hidden / 4; }
   constexpr int threads() const { return hidden / units * 4; }
@@ -50,9 +51,11 @@ struct FfmaSizes {
   }
 };
 
-/// By size. The largest keeps more registers for weights by having fewer threads.
+/// By size. Four units to a lane where it has registers for their weights: each warp reads all of
+/// s, so that the fewer there are, the less is read. The largest keeps more registers for weights
+/// by having fewer threads.
 constexpr FfmaSizes kFfmaSizes[] = {
-    {32, 2, 8}, {64, 2, 16}, {128, 2, 32}, {192, 2, 48}, {256, 4, 40},
+    {32, 2, 8, 8}, {64, 2, 16, 4}, {128, 4, 32, 2}, {192, 2, 48, 1}, {256, 4, 40, 1},
 };
 /// Most rows of the batch in a block.
 constexpr int kFfmaRows = 4;

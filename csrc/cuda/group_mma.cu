@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernels of tier 2: by type, by the smallest size for H units, and by rows of a group.
+// The kernels of tier 2: by type, size and rows of a group.
 #include <iterator>
 
 #include "group_recurrence.cuh"
@@ -9,35 +9,40 @@ namespace fastrnn::cuda {
 
 namespace {
 
-template <typename T, int kSize = 0>
-const char* run(const RecurrenceArgs& args, int rows, int64_t groups, Stream stream) {
-  constexpr const auto& kAll = *[] {
-    if constexpr (sizeof(T) == 4)
-      return &kGroupSizes32;
-    else
-      return &kGroupSizes16;
-  }();
-  constexpr GroupSizes kSizes = kAll[kSize];
-  if constexpr (kSize + 1 < static_cast<int>(std::size(kAll)))
-    if (args.H > kSizes.hidden) return run<T, kSize + 1>(args, rows, groups, stream);
+template <typename T>
+constexpr auto& sizes_of() {
+  if constexpr (sizeof(T) == 4)
+    return kGroupSizes32;
+  else
+    return kGroupSizes16;
+}
+
+template <typename T, int kSize, int kRowTiles>
+const char* run(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream) {
+  constexpr GroupSizes kSizes = sizes_of<T>()[kSize];
+  if constexpr (kRowTiles < kSizes.most_row_tiles)
+    if (plan.row_tiles > kRowTiles) return run<T, kSize, 2 * kRowTiles>(args, plan, stream);
   constexpr int kChunks = kSizes.hidden / group_chunk(sizeof(T)) / kGroupWarps;
-  if constexpr (kSizes.max_row_tiles >= 4)
-    if (rows == 32) return run_groups<T, kSizes.tiles, kChunks, 4>(args, groups, stream);
-  if constexpr (kSizes.max_row_tiles >= 2)
-    if (rows == 16) return run_groups<T, kSizes.tiles, kChunks, 2>(args, groups, stream);
-  return run_groups<T, kSizes.tiles, kChunks, 1>(args, groups, stream);
+  return run_groups<T, kSizes.tiles, kChunks, kRowTiles>(args, plan.at_a_time, stream);
+}
+
+template <typename T, int kSize = 0>
+const char* run(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream) {
+  if constexpr (kSize + 1 < static_cast<int>(std::size(sizes_of<T>())))
+    if (plan.size > kSize) return run<T, kSize + 1>(args, plan, stream);
+  return run<T, kSize, sizes_of<T>()[kSize].least_row_tiles>(args, plan, stream);
 }
 
 }  // namespace
 
-const char* group_recurrence(const RecurrenceArgs& args, int rows, int64_t groups, Stream stream) {
+const char* group_recurrence(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream) {
   switch (args.type) {
     case Type::kHalf:
-      return run<Half>(args, rows, groups, stream);
+      return run<Half>(args, plan, stream);
     case Type::kBFloat16:
-      return run<BFloat16>(args, rows, groups, stream);
+      return run<BFloat16>(args, plan, stream);
     default:
-      return run<float>(args, rows, groups, stream);
+      return run<float>(args, plan, stream);
   }
 }
 

@@ -15,15 +15,16 @@ struct __align__(16) Words {
 /// How a tile of W, words of type T that a lane holds, is multiplied by words of s. A word is two
 /// 16-bit numbers, or a float.
 template <typename T>
-class Multiplier {
+class TileProduct {
  public:
-  __device__ __forceinline__ Multiplier(const Words& w, uint32_t) : w_(w) {}
+  __device__ __forceinline__ TileProduct(const Words& w, uint32_t) : w_(w) {}
   /// The product number k goes to one of the parts of the sums.
   template <int kParts>
   __device__ __forceinline__ void add_product(float (&sums)[kParts][4], int k,
                                               const uint32_t (&s)[2]) const {
     mma(T{}, sums[k % kParts], w_.word, s);
   }
+  static __device__ __forceinline__ uint32_t prepared(uint32_t bits) { return bits; }
 
  private:
   const Words& w_;
@@ -31,41 +32,55 @@ class Multiplier {
 
 /// Floats as sums of two TF32 numbers each: w s = w_high s_high + w_high s_low + w_low s_high,
 /// which leaves out 2^-22 of it. W is taken apart in each step anew: registers do not hold both
-/// parts.
+/// parts. Tensor cores cut off what does not fit into a sum: each product begins at zero, and
+/// ordinary additions, which round, make the long sums.
 template <>
-class Multiplier<float> {
+class TileProduct<float> {
  public:
   /// `mask` is kTf32Bits, but the compiler must not know.
-  __device__ __forceinline__ Multiplier(const Words& w, uint32_t mask)
+  __device__ __forceinline__ TileProduct(const Words& w, uint32_t mask)
       : mask_(mask), half_((0u - mask) >> 1) {
     FASTRNN_UNROLL
-    for (int i = 0; i < 4; ++i) split(w.word[i], high_[i], low_[i]);
+    for (int i = 0; i < 4; ++i) {
+      high_[i] = rounded(w.word[i]);
+      low_[i] = rest(w.word[i], high_[i]);
+    }
   }
+
   template <int kParts>
-  __device__ __forceinline__ void add_product(float (&sums)[kParts][4], int k,
+  __device__ __forceinline__ void add_product(float (&sums)[kParts][4], int,
                                               const uint32_t (&s)[2]) const {
     uint32_t high[2], low[2], finite[2];
     FASTRNN_UNROLL
     for (int i = 0; i < 2; ++i) {
-      split(s[i], high[i], low[i]);
-      // Infinity times the low part of W, whose sign is any, would be NaN.
-      const bool is_finite = (high[i] & 0x7f800000u) != 0x7f800000u;
+      // Infinity and NaN as they are, without low parts: times one of any sign they would be NaN.
+      const bool is_finite = (s[i] & kInfinity) != kInfinity;
+      high[i] = is_finite ? rounded(s[i]) : s[i] & mask_;
       finite[i] = is_finite ? high[i] : 0;
-      low[i] = is_finite ? low[i] : 0;
+      low[i] = is_finite ? rest(s[i], high[i]) : 0;
     }
-    mma(Tf32{}, sums[3 * k % kParts], low_, finite);
-    mma(Tf32{}, sums[(3 * k + 1) % kParts], high_, low);
-    mma(Tf32{}, sums[(3 * k + 2) % kParts], high_, high);
+    float product[4] = {};
+    mma(Tf32{}, product, low_, finite);
+    mma(Tf32{}, product, high_, low);
+    mma(Tf32{}, product, high_, high);
+    FASTRNN_UNROLL
+    for (int i = 0; i < 4; ++i) sums[0][i] += product[i];
+  }
+
+  /// A weight as the constructor takes it: rounding would carry a NaN of many ones into the sign.
+  static __device__ __forceinline__ uint32_t prepared(uint32_t bits) {
+    return (bits & ~kSign) > kInfinity ? kInfinity | kInfinity >> 1 : bits;
   }
 
  private:
-  __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& low) const {
-    high = rounded(bits);
-    low = rounded(bits_of(float_of(bits) - float_of(high)));
-  }
+  static constexpr uint32_t kInfinity = 0x7f800000u, kSign = 0x80000000u;
+
   /// To the nearest TF32 number.
   __device__ __forceinline__ uint32_t rounded(uint32_t bits) const {
     return (bits + half_) & mask_;
+  }
+  __device__ __forceinline__ uint32_t rest(uint32_t bits, uint32_t high) const {
+    return rounded(bits_of(float_of(bits) - float_of(high)));
   }
 
   const uint32_t mask_, half_;  // the bits of a TF32 number, and half of its last one

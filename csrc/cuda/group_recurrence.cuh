@@ -35,18 +35,18 @@ class GroupRecurrence {
   static constexpr size_t kSharedBytes = (2 * kGroupWarps * kPartSize + 1) * sizeof(float);
 
   __device__ __forceinline__ GroupRecurrence(const RecurrenceArgs& args, int first_group)
-      : d_(blockIdx.y == 0 ? args.direction[0] : args.direction[1]),
-        B_(args.steps.B),
+      : d_(args.direction[blockIdx.y]),
+        B_(static_cast<int>(args.steps.B)),
         H_(static_cast<int>(args.H)),
         activation_(args.activation),
         blocks_((H_ + kUnits - 1) / kUnits),
         unit0_(static_cast<int>(blockIdx.x % blocks_) * kUnits),
-        row0_((first_group + static_cast<int64_t>(blockIdx.x / blocks_)) * kRows),
+        row0_((first_group + static_cast<int>(blockIdx.x / blocks_)) * kRows),
         walk_(args.steps, d_, row0_),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         unit_(unit0_ + static_cast<int>(threadIdx.x % kUnits)),
-        row_(row0_ + threadIdx.x / kUnits),
+        row_(row0_ + static_cast<int>(threadIdx.x / kUnits)),
         addend_(view_of(d_.addend, sizeof(Addend))),
         y_(view_of(d_.y, sizeof(T))),
         out_(view_of(d_.out, sizeof(T))),
@@ -59,7 +59,7 @@ class GroupRecurrence {
     if (threadIdx.x == 0) *mask_ = kTf32Bits;
     __syncthreads();
     if (walk_.count > 0) now_ = moment(0);
-    int64_t before = kBackward && walk_.count > 0 ? walk_.rows_before() : 0;
+    int before = kBackward && walk_.count > 0 ? static_cast<int>(walk_.rows_before()) : 0;
     load_inputs();
     for (int i = 0; i < walk_.count; ++i) {
       if (i + 1 < walk_.count) next_ = moment(i + 1);
@@ -81,19 +81,20 @@ class GroupRecurrence {
   static constexpr int kWordNumbers = 4 / static_cast<int>(sizeof(T));
   static constexpr int kRowStep = kThreads / kUnits;
   static constexpr int kOutputs = kRows > kRowStep ? kRows / kRowStep : 1;
-  // Chunks of s that registers hold at once, beside the weights.
-  static constexpr int kAtOnce = sizeof(T) == 2 || kChunks * kRowTiles <= 8 ? kChunks
-                                                                            : (kChunks > 8   ? 2
-                                                                               : kChunks > 4 ? 4
-                                                                                             : 8) /
-                                                                                  kRowTiles;
+  // Chunks of s that registers hold at once: beside the weights of floats, fewer.
+  static constexpr int kMostTiles = kChunks * kTiles == 16 ? 2 : 8;
+  static constexpr int kAtOnce =
+      sizeof(T) == 2 || kChunks * kRowTiles <= kMostTiles ? kChunks : kMostTiles / kRowTiles;
   static_assert(kChunks % kAtOnce == 0);
   static constexpr int kMostInVain = 4;
 
   /// A tile's sums in parts, where tiles are few: an mma waits for the one before that adds to the
   /// same part.
   struct Sums {
-    static constexpr int kParts = kTiles * kRowTiles == 1 ? 4 : kTiles * kRowTiles == 2 ? 2 : 1;
+    static constexpr int kParts = sizeof(T) == 4            ? 1
+                                  : kTiles * kRowTiles == 1 ? 4
+                                  : kTiles * kRowTiles == 2 ? 2
+                                                            : 1;
     float sum[kParts][4];
 
     __device__ __forceinline__ float total(int k) const {
@@ -110,14 +111,15 @@ class GroupRecurrence {
     int64_t stride, row_stride;
 
     template <typename Number>
-    __device__ __forceinline__ Number* at(int64_t position, int64_t row) const {
+    __device__ __forceinline__ Number* at(int64_t position, int row) const {
       return reinterpret_cast<Number*>(data + position * stride + row * row_stride);
     }
   };
 
   /// A step: its place in every sequence, and how many rows of the batch are alive.
   struct Moment {
-    int64_t position = 0, rows = 0;
+    int64_t position = 0;
+    int rows = 0;
   };
 
   __device__ __forceinline__ View view_of(const Sequence& s, int64_t bytes) const {
@@ -127,12 +129,12 @@ class GroupRecurrence {
 
   __device__ __forceinline__ Moment moment(int i) const {
     const int64_t t = walk_.step(i);
-    return {walk_.packed() ? walk_.steps.first_row[t] : t, walk_.rows(t)};
+    return {walk_.packed() ? walk_.steps.first_row[t] : t, static_cast<int>(walk_.rows(t))};
   }
 
   /// The thread's output number j.
-  __device__ __forceinline__ int64_t row(int j) const { return row_ + j * kRowStep; }
-  __device__ __forceinline__ bool has(int j, int64_t rows) const {
+  __device__ __forceinline__ int row(int j) const { return row_ + j * kRowStep; }
+  __device__ __forceinline__ bool has(int j, int rows) const {
     return unit_ < H_ && row(j) < rows && row(j) < row0_ + kRows;
   }
 
@@ -149,7 +151,7 @@ class GroupRecurrence {
           for (int i = 0; i < 4; ++i) {
             const int unit = unit0_ + 16 * m + lane_ / 4 + 8 * (i % 2);
             const int column = chunk_begin(c) + (2 * half + i / 2) * kWordNumbers;
-            w_[c][m][half].word[i] = weight(w, unit, column);
+            w_[c][m][half].word[i] = TileProduct<T>::prepared(weight(w, unit, column));
           }
         }
       }
@@ -199,14 +201,14 @@ class GroupRecurrence {
     Sources from;
     FASTRNN_UNROLL
     for (int r = 0; r < kRowTiles; ++r) {
-      const int64_t row = row0_ + 8 * r + lane_ / 4;
+      const int row = row0_ + 8 * r + lane_ / 4;
       from.row[r] = nullptr;
       if (row >= now_.rows) continue;
       if (i > 0 && row < last_.rows) {
         from.row[r] = out_.template at<const char>(last_.position, row);
         from.awaited |= 1u << r;
       } else if (d_.state != nullptr) {
-        from.row[r] = static_cast<const char*>(d_.state) + row * H_ * int64_t{sizeof(T)};
+        from.row[r] = static_cast<const char*>(d_.state) + int64_t{row} * H_ * int64_t{sizeof(T)};
       }
     }
     return from;
@@ -227,7 +229,7 @@ class GroupRecurrence {
       for (int k = 0; k < 2 * kAtOnce; ++k) {
         FASTRNN_UNROLL
         for (int m = 0; m < kTiles; ++m) {
-          const Multiplier<T> weights(w_[begin + k / 2][m][k % 2], mask);
+          const TileProduct<T> weights(w_[begin + k / 2][m][k % 2], mask);
           FASTRNN_UNROLL
           for (int r = 0; r < kRowTiles; ++r) {
             const uint32_t* const words = s[k / 2][r].word + 2 * (k % 2);
@@ -299,7 +301,7 @@ class GroupRecurrence {
   }
 
   /// Adds up the parts of this thread's outputs, activates and writes them.
-  __device__ __forceinline__ void finish(const float* parts, int64_t before, bool is_last) {
+  __device__ __forceinline__ void finish(const float* parts, int before, bool is_last) {
     FASTRNN_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       if (!has(j, now_.rows)) continue;
@@ -307,7 +309,7 @@ class GroupRecurrence {
       float sum = to_float(addends_[j]) + bias_;
       FASTRNN_UNROLL
       for (int w = 0; w < kGroupWarps; ++w) sum += mine[w * kPartSize];
-      const int64_t place = row(j) * H_ + unit_;  // in [B, H]
+      const int64_t place = int64_t{row(j)} * H_ + unit_;  // in [B, H]
       if (kBackward && d_.grad_h_n != nullptr && row(j) >= before)
         sum += to_float(static_cast<const T*>(d_.grad_h_n)[place]);
       const float y = kBackward ? to_float(ys_[j]) : 0.0f;
@@ -330,22 +332,21 @@ class GroupRecurrence {
     FASTRNN_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       if (!has(j, B_) || (walked_ & 1u << j) != 0) continue;
-      const int64_t place = row(j) * H_ + unit_;
+      const int64_t place = int64_t{row(j)} * H_ + unit_;
       static_cast<T*>(d_.final_state)[place] =
           d_.state != nullptr ? static_cast<const T*>(d_.state)[place] : T{};
     }
   }
 
-  const RecurrenceDirection d_;
-  const int64_t B_;
+  const RecurrenceDirection& d_;
+  const int B_;
   const int H_;
   const Activation activation_;
   const int blocks_, unit0_;  // of the group; the first unit of this block
-  const int64_t row0_;        // the group's first row of the batch
+  const int row0_;            // the group's first row of the batch
   const Walk walk_;
   const int warp_, lane_;
-  const int unit_;     // of this thread's outputs ...
-  const int64_t row_;  // ... and the first one's row
+  const int unit_, row_;  // of this thread's outputs, and of the first of them
   const View addend_, y_, out_;
   float* const parts_;    // in shared memory, two of [kGroupWarps][kRows][kPartStride], ...
   uint32_t* const mask_;  // ... and kTf32Bits

@@ -80,7 +80,9 @@ class DirectionBackward {
 
   /// The gradients, undefined where not wanted. grad_hx [B, H] or undefined.
   Cell finish(const Tensor& grad_hx) const {
-    if (grad_hx.defined()) product_out(grad_hx, last_delta_, cell_.w_hh);
+    // cuDNN takes it from the recurrence, which in small layers is exact.
+    if (grad_hx.defined())
+      product_out(grad_hx, last_delta_, cell_.w_hh, /*accumulate=*/false, /*exact=*/true);
     const auto rounded = [&](const Tensor& t) {
       return t.defined() ? t.to(input_.scalar_type()) : t;
     };

@@ -5,9 +5,9 @@
 
 #include <ATen/ops/empty.h>
 
-#include "products.h"
-
 #include <algorithm>
+
+#include "products.h"
 
 namespace fastrnn::cuda {
 
@@ -37,7 +37,7 @@ Matrix matrix_of(const Tensor& t) {
 
 }  // namespace
 
-void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate, bool exact) {
   if (out.numel() == 0) return;
   TORCH_INTERNAL_ASSERT(adjacent_along(1, out));
   if (a.size(1) == 0) {
@@ -45,7 +45,7 @@ void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accum
     return;
   }
   const Tensor left = with_strides_of_matrix(a), right = with_strides_of_matrix(b);
-  const Multiplier multiply(a.scalar_type(), out.scalar_type());
+  const Multiplier multiply(a.scalar_type(), out.scalar_type(), exact);
   multiply(matrix_of(left), matrix_of(right), out.mutable_data_ptr(), leading_stride(1, out),
            accumulate);
 }
@@ -243,9 +243,9 @@ void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_
   for (size_t d = 0; d < used.size(); ++d)
     a.direction[d] = direction_of(layout, backward, ranges[d], used[d]);
   if (plan.tier == Tier::kGroup)
-    check_launch(group_recurrence(a, plan.rows, plan.groups, current_stream()));
+    check_launch(group_recurrence(a, plan.groups, current_stream()));
   else
-    check_launch(a.type == Type::kFloat ? ffma_recurrence(a, plan.rows, current_stream())
+    check_launch(a.type == Type::kFloat ? ffma_recurrence(a, plan.block_rows, current_stream())
                                         : mma_recurrence(a, current_stream()));
 }
 

@@ -10,8 +10,9 @@ namespace fastrnn::cuda {
 
 /// out = a b, or out += a b; sums are in float, of double in double. a and b are matrices of one
 /// type and any strides; out is of that type or compute_type, and the numbers of a row are
-/// adjacent.
-void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false);
+/// adjacent. Unless it must be `exact`, float may be rounded to TF32: see Multiplier.
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false,
+                 bool exact = false);
 /// a b, of compute_type.
 Tensor float_product(const Tensor& a, const Tensor& b);
 /// sum += a b; the first one makes it, of compute_type.

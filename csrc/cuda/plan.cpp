@@ -20,9 +20,9 @@ namespace {
 // one after the other, still take less than tier 0, whose steps are bound by two launches each.
 // Steps that read weights from shared memory take longer.
 constexpr int64_t kMaxWaves = 8, kMaxWavesOfShared = 4;
-// Groups of blocks that do not fit on the GPU together run in so many launches at most: a step of
-// each takes 1 to 2 us, of tier 0 some 8.
-constexpr int64_t kMaxGroupLaunches = 4;
+// Groups of blocks that do not fit on the GPU together run in so many launches at most, in 16 bits
+// and in float, whose products of single steps take longer.
+constexpr int64_t kMaxGroupLaunches = 1, kMaxGroupLaunchesInFloat = 2;
 // Below this the product of a step that tiers 1 and 2 save does not exist.
 constexpr int64_t kMinSteps = 2;
 
@@ -46,10 +46,11 @@ bool is_tier(const char* wanted, const char* tier) {
 struct EngineNeeds {
   int64_t shared_bytes;  // of a block
   int64_t max_waves;
+  int64_t resident;  // blocks that share a multiprocessor
 };
 
-EngineNeeds needs(int64_t shared_bytes, bool all_in_registers) {
-  return {shared_bytes, all_in_registers ? kMaxWaves : kMaxWavesOfShared};
+EngineNeeds needs(int64_t shared_bytes, bool all_in_registers, int64_t resident) {
+  return {shared_bytes, all_in_registers ? kMaxWaves : kMaxWavesOfShared, resident};
 }
 
 /// Of the engine for layers of H units, if there is one. In float, `rows` of the batch go to each
@@ -59,62 +60,68 @@ std::optional<EngineNeeds> engine_for(Type type, int64_t H, int rows) {
   if (type == Type::kFloat) {
     for (const FfmaSizes& sizes : kFfmaSizes)
       if (H <= sizes.hidden)
-        return needs(sizes.shared_bytes(rows), sizes.in_registers == sizes.lane_weights());
+        return needs(sizes.shared_bytes(rows), sizes.in_registers == sizes.lane_weights(),
+                     sizes.resident);
     return std::nullopt;
   }
   for (const MmaSizes& sizes : kMmaSizes)
-    if (H <= sizes.hidden) return needs(sizes.shared_bytes(), sizes.in_registers == sizes.tiles());
+    if (H <= sizes.hidden)
+      return needs(sizes.shared_bytes(), sizes.in_registers == sizes.tiles(), /*resident=*/1);
   return std::nullopt;
 }
 
-/// How tier 2 runs a layer.
+/// How tier 2 runs a layer, and in how many launches.
 struct Groups {
-  int rows;  // of the batch in each
-  int64_t at_a_time, launches;
+  GroupPlan plan;
+  int64_t launches;
 };
 
-template <int kSizes>
-const GroupSizes* group_sizes(const GroupSizes (&all)[kSizes], int64_t H) {
-  const auto* found = std::find_if(all, all + kSizes, [&](const auto& s) { return H <= s.hidden; });
-  return found == all + kSizes ? nullptr : found;
+/// The first in the table that runs in one launch, else the one of the fewest.
+template <int kCount>
+std::optional<Groups> groups_of(const GroupSizes (&table)[kCount], const LayerShape& s,
+                                const Gpu& gpu) {
+  std::optional<Groups> best;
+  for (int size = 0; size < kCount; ++size) {
+    const GroupSizes& sizes = table[size];
+    if (s.H > sizes.hidden || (best && sizes.hidden > table[best->plan.size].hidden)) continue;
+    const int64_t at_a_time = gpu.multiprocessors / (sizes.blocks(s.H) * s.directions);
+    if (at_a_time == 0) continue;
+    for (int tiles = sizes.least_row_tiles; tiles <= sizes.most_row_tiles; tiles *= 2) {
+      const GroupPlan plan{size, tiles, at_a_time};
+      const int64_t launches = divide_up(divide_up(s.B, plan.rows()), at_a_time);
+      if (!best || launches < best->launches) best = {plan, launches};
+    }
+  }
+  return best;
 }
 
-/// As few rows in a group as let all groups run at the same time, or as many as can be.
 std::optional<Groups> groups_for(const LayerShape& s, const Gpu& gpu) {
   const int64_t item = element_size(s.type);
   if (item == 8 || s.H < 1 || s.H * item % kGroupAlignment != 0) return std::nullopt;
-  const GroupSizes* sizes =
-      item == 2 ? group_sizes(kGroupSizes16, s.H) : group_sizes(kGroupSizes32, s.H);
-  if (sizes == nullptr) return std::nullopt;
-  Groups groups{};
-  groups.at_a_time = gpu.multiprocessors / (sizes->blocks(s.H) * s.directions);
-  if (groups.at_a_time == 0) return std::nullopt;
-  for (int tiles = 1; tiles <= sizes->max_row_tiles; tiles *= 2) {
-    groups.rows = 8 * tiles;
-    groups.launches = divide_up(divide_up(s.B, groups.rows), groups.at_a_time);
-    if (groups.launches <= 1) break;
-  }
-  return groups;
+  return item == 2 ? groups_of(kGroupSizes16, s, gpu) : groups_of(kGroupSizes32, s, gpu);
 }
 
 }  // namespace
 
 Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   Plan plan{};
+  const auto engine = [&] { return engine_for(s.type, s.H, plan.block_rows); };
   const auto waves = [&](int64_t rows) {
-    return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors);
+    const int64_t resident = engine() ? engine()->resident : 1;
+    return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors * resident);
   };
-  const auto engine = [&] { return engine_for(s.type, s.H, plan.rows); };
   const auto fits = [&] { return engine() && engine()->shared_bytes <= gpu.shared_bytes; };
-  // As few rows in a block as give all blocks a multiprocessor, or as many as fit.
-  plan.rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
-  while (plan.rows > 1 && engine() && !fits()) plan.rows /= 2;
+  // As few rows in a block as let all blocks run at the same time, or as many as fit.
+  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
+  while (plan.block_rows > 1 && engine() && !fits()) plan.block_rows /= 2;
   const bool can = gpu.major >= 8 && s.T <= kMaxSteps;
   const bool can_block = can && s.H >= 1 && fits();
-  const int64_t rows = element_size(s.type) == 2 ? 8 : plan.rows;
+  const int64_t rows = element_size(s.type) == 2 ? 8 : plan.block_rows;
   const bool block_pays = can_block && s.T >= kMinSteps && waves(rows) <= engine()->max_waves;
   const std::optional<Groups> groups = can ? groups_for(s, gpu) : std::nullopt;
-  const bool groups_pay = groups && s.T >= kMinSteps && groups->launches <= kMaxGroupLaunches;
+  const bool groups_pay =
+      groups && s.T >= kMinSteps &&
+      groups->launches <= (s.type == Type::kFloat ? kMaxGroupLaunchesInFloat : kMaxGroupLaunches);
   const char* wanted = wanted_tier();
   if (is_tier(wanted, "0"))
     plan.tier = Tier::kSteps;
@@ -124,10 +131,7 @@ Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
     plan.tier = Tier::kBlock;
   else
     plan.tier = groups_pay ? Tier::kGroup : Tier::kSteps;
-  if (plan.tier == Tier::kGroup) {
-    plan.rows = groups->rows;
-    plan.groups = groups->at_a_time;
-  }
+  if (groups) plan.groups = groups->plan;
   plan.fuse_input = plan.tier == Tier::kBlock && s.I >= 1 && s.I <= kMaxFusedInput;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));

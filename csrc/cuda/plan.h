@@ -32,8 +32,8 @@ enum class Tier {
 
 struct Plan {
   Tier tier;
-  int rows;             // of the batch in each block (tier 1 in float) or group of blocks (tier 2)
-  int64_t groups;       // tier 2: so many at a time
+  int block_rows;       // tier 1 in float: rows of the batch in each block
+  GroupPlan groups;     // tier 2
   bool fuse_input;      // tier 1 forward: x * W_ih^T in the kernel; else one product before
   int64_t chunk_steps;  // steps whose addends, or deltas, are in memory at a time
 };

@@ -2,6 +2,7 @@
 //
 // What surrounds the products of tier 0, one thread for each number: any type, any size.
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "activation.cuh"
@@ -38,29 +39,76 @@ auto with_type(Type type, const F& f) {
 template <typename T>
 using Sum = decltype(to_float(T{}));
 
-/// blockIdx.y is the row, blockIdx.x the part of its units.
-template <typename T, bool kBackward>
+/// Numbers that are read and written at once.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  T number[kCount];
+};
+
+template <int kCount, typename T>
+__device__ __forceinline__ Vector<T, kCount> load_vector(const void* data, int64_t index) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(static_cast<const T*>(data) + index);
+}
+
+/// blockIdx.y is the row, blockIdx.x the part of its units, of which each thread takes kCount.
+template <typename T, bool kBackward, int kCount>
 __global__ void step_kernel(const __grid_constant__ StepArgs a) {
   using Addend = std::conditional_t<kBackward, T, Sum<T>>;
-  const auto at = [](const void* data, int64_t index) {
-    return to_float(static_cast<const T*>(data)[index]);
-  };
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
+  const int64_t unit = (static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) * kCount;
   if (unit >= a.H) return;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const int64_t i = row * a.H + unit;
-    Sum<T> sum = 0;
+    Sum<T> sums[kCount] = {};
+    const auto add = [&](const auto& numbers) {
+      FASTRNN_UNROLL
+      for (int k = 0; k < kCount; ++k) sums[k] += to_float(numbers.number[k]);
+    };
     if (row < a.product_rows)
-      sum = static_cast<const Sum<T>*>(a.product)[i];
+      add(load_vector<kCount, Sum<T>>(a.product, i));
     else if (kBackward && a.grad_h_n != nullptr)
-      sum = at(a.grad_h_n, i);
+      add(load_vector<kCount, T>(a.grad_h_n, i));
     if (a.addend != nullptr)
-      sum += to_float(static_cast<const Addend*>(a.addend)[row * a.addend_stride + unit]);
-    if (a.b_ih != nullptr) sum += at(a.b_ih, unit) + at(a.b_hh, unit);
-    const Sum<T> y = kBackward ? at(a.y, row * a.y_stride + unit) : Sum<T>(0);
-    static_cast<T*>(a.out)[row * a.out_stride + unit] =
-        from_float<T>(activate<T, kBackward>(a.activation, sum, y));
+      add(load_vector<kCount, Addend>(a.addend, row * a.addend_stride + unit));
+    if (a.b_ih != nullptr) {
+      add(load_vector<kCount, T>(a.b_ih, unit));
+      add(load_vector<kCount, T>(a.b_hh, unit));
+    }
+    Vector<T, kCount> y{}, out;
+    if (kBackward) y = load_vector<kCount, T>(a.y, row * a.y_stride + unit);
+    FASTRNN_UNROLL
+    for (int k = 0; k < kCount; ++k)
+      out.number[k] = from_float<T>(
+          activate<T, kBackward>(a.activation, sums[k], Sum<T>(to_float(y.number[k]))));
+    *reinterpret_cast<Vector<T, kCount>*>(static_cast<T*>(a.out) + row * a.out_stride + unit) = out;
   }
+}
+
+/// How many numbers a thread can take at once: all rows begin where so many can be read.
+int numbers_at_once(const StepArgs& a, size_t item_size) {
+  constexpr int kMost = 4;
+  const auto is_aligned = [](const void* data, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) % (kMost * bytes) == 0;
+  };
+  const size_t sum_size = std::max<size_t>(item_size, 4);
+  const bool strides = a.H % kMost == 0 && a.addend_stride % kMost == 0 &&
+                       a.y_stride % kMost == 0 && a.out_stride % kMost == 0;
+  bool pointers =
+      is_aligned(a.product, sum_size) && is_aligned(a.addend, a.backward ? item_size : sum_size);
+  for (const void* data : {a.b_ih, a.b_hh, a.grad_h_n, a.y, static_cast<const void*>(a.out)})
+    pointers = pointers && is_aligned(data, item_size);
+  return strides && pointers ? kMost : 1;
+}
+
+template <typename T, int kCount>
+const char* launch_step(const StepArgs& args, Stream stream) {
+  LaunchShape shape;
+  constexpr int kUnits = kStepThreads * kCount;
+  shape.blocks_x = static_cast<unsigned>((args.H + kUnits - 1) / kUnits);
+  shape.blocks_y = static_cast<unsigned>(
+      std::clamp<int64_t>(kMaxBlocks / shape.blocks_x, 1, std::max<int64_t>(1, args.rows)));
+  shape.threads = kStepThreads;
+  return args.backward ? launch(step_kernel<T, true, kCount>, shape, stream, args)
+                       : launch(step_kernel<T, false, kCount>, shape, stream, args);
 }
 
 /// blockIdx.x is the step, blockIdx.y the part of its numbers.
@@ -101,15 +149,10 @@ __global__ void upload_kernel(const __grid_constant__ Numbers numbers, int64_t* 
 }  // namespace
 
 const char* step_epilogue(const StepArgs& args, Stream stream) {
-  LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>((args.H + kStepThreads - 1) / kStepThreads);
-  shape.blocks_y = static_cast<unsigned>(
-      std::clamp<int64_t>(kMaxBlocks / shape.blocks_x, 1, std::max<int64_t>(1, args.rows)));
-  shape.threads = kStepThreads;
   return with_type(args.type, [&](auto zero) {
     using T = decltype(zero);
-    return args.backward ? launch(step_kernel<T, true>, shape, stream, args)
-                         : launch(step_kernel<T, false>, shape, stream, args);
+    return numbers_at_once(args, sizeof(T)) == 1 ? launch_step<T, 1>(args, stream)
+                                                 : launch_step<T, 4>(args, stream);
   });
 }
 

@@ -24,14 +24,17 @@ struct Matrix {
 class Multiplier {
  public:
   /// For matrices of `type`; results are of `type` or, as the sums are, of compute_type(type).
-  /// float is rounded to TF32 where nn.RNN may do that.
-  Multiplier(at::ScalarType type, at::ScalarType result);
+  /// Unless it must be `exact`, float is rounded to TF32 in large products where nn.RNN may do
+  /// that.
+  Multiplier(at::ScalarType type, at::ScalarType result, bool exact = false);
 
   /// out = a b, or out += a b. out is row-major, its rows begin `stride` apart.
   void operator()(const Matrix& a, const Matrix& b, void* out, int64_t stride,
                   bool accumulate = false) const;
 
  private:
+  void multiply(const Matrix& a, const Matrix& b, void* out, int64_t stride, bool accumulate) const;
+
   const at::ScalarType type_, result_;
   void* handle_;
   bool tf32_;

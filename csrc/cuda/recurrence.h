@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "group_sizes.h"
 
 namespace fastrnn::cuda {
 
@@ -76,11 +77,11 @@ constexpr int kMaxFusedInput = 2;
 
 /// Tier 2: blocks that run at the same time share a layer; each keeps the weights of a few units in
 /// registers, and s travels between them in global memory. In 16 bits and float, for H up to the
-/// largest of group_sizes.h. `rows` of the batch (8, 16 or 32) belong to a group of blocks, and so
-/// many groups run at a time, one launch after the other. `out` must be filled with bytes 0xff,
-/// which blocks wait to see replaced. addend and final_state are not `out` or `state`. H, and the
-/// strides of `out`, are multiples of kGroupAlignment bytes; so are its address and that of state.
-const char* group_recurrence(const RecurrenceArgs& args, int rows, int64_t groups, Stream stream);
+/// largest of group_sizes.h. Groups that do not run at the same time do so in one launch after the
+/// other. `out` must be filled with bytes 0xff, which blocks wait to see replaced. addend and
+/// final_state are not `out` or `state`. H, and the strides of `out`, are multiples of
+/// kGroupAlignment bytes; so are its address and that of state.
+const char* group_recurrence(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream);
 constexpr int kGroupAlignment = 16;
 
 /// Tier 0, after the product of each step: for rows [0, rows) of one step and direction
