@@ -20,11 +20,13 @@ namespace cuda {
 
 Stream current_stream() { return nullptr; }
 
+int multiprocessors = 4;
+
 /// So small that few rows of the batch make several waves of blocks, and few steps several chunks.
 Gpu current_gpu() {
   Gpu gpu;
   gpu.major = 9;
-  gpu.multiprocessors = 4;
+  gpu.multiprocessors = multiprocessors;
   gpu.shared_bytes = 227 << 10;
   gpu.small_bytes = 32 << 10;
   return gpu;
@@ -151,3 +153,8 @@ TORCH_LIBRARY(fastrnn_cuda_host, m) {
 }
 
 }  // namespace fastrnn
+
+extern "C" int fastrnn_host_set_multiprocessors(int64_t count) {
+  fastrnn::cuda::multiprocessors = static_cast<int>(count);
+  return 0;
+}

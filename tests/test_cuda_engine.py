@@ -67,6 +67,31 @@ def cases():
     return result + EMPTY
 
 
+#: By tier 2, with the multiprocessors of the GPU: several launches, tiles of rows, chunks of units.
+GROUPS = [
+    (testing.Case(4, 3, 2, 40, bidirectional=True, hx=True), 4),
+    (testing.Case(0, 0, 3, 24, 2, bidirectional=True, hx=True, lengths=(5, 3, 2, 2, 1)), 4),
+    (testing.Case(0, 0, 3, 72, lengths=(2, 9, 30, 1, 7, 7), hx=True), 5),
+    (testing.Case(5, 41, 5, 64, hx=True, bias=False), 4),
+    (testing.Case(4, 41, 5, 64), 16),
+    (testing.Case(4, 30, 5, 64, nonlinearity="relu"), 4),
+    (testing.Case(300, 3, 5, 32, batch_first=True), 4),
+    (testing.Case(3, 9, 5, 520, hx=True), 33),
+    (testing.Case(3, 20, 5, 520), 34),
+    (testing.Case(2, 9, 5, 1032, hx=True), 65),
+]
+LOWER = [torch.float32, torch.bfloat16, torch.float16]
+in_groups = pytest.mark.parametrize("case, multiprocessors", GROUPS, ids=str)
+
+
+@pytest.fixture
+def groups(engine, monkeypatch):
+    """Tier 2 wherever it can run, on a GPU of so many multiprocessors."""
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "2")
+    yield lambda count: engine.call("fastrnn_host_set_multiprocessors", count)
+    engine.call("fastrnn_host_set_multiprocessors", 4)
+
+
 def run_and_compare(case, dtype):
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
@@ -88,6 +113,25 @@ def test_so_are_they_without_the_kernels_that_walk_through_all_steps(
     run_and_compare(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", LOWER, ids=str)
+@in_groups
+def test_so_are_they_where_blocks_share_a_layer(groups, case, multiprocessors, dtype):
+    groups(multiprocessors)
+    run_and_compare(case, dtype)
+
+
+@in_groups
+def test_blocks_that_share_a_layer_are_what_ran(engine, groups, case, multiprocessors):
+    """One launch for a layer's forward, or as many as its groups need, and none for single steps."""
+    groups(multiprocessors)
+    module, (inputs, hx) = case.module(fastrnn.RNN, torch.bfloat16), case.arguments(torch.bfloat16)
+    packed = pack_sequence(inputs, enforce_sorted=False) if case.lengths else inputs[0]
+    before = engine.launches()
+    module(packed, hx)
+    uploads = 1 if case.lengths else 0
+    assert engine.launches() - before - uploads < case.num_layers * max(case.T, 6)
+
+
 SMALL = [
     testing.Case(4, 3, 2, 40, bidirectional=True, hx=True),
     testing.Case(0, 0, 3, 20, 2, bidirectional=True, hx=True, lengths=(5, 3, 2, 2, 1)),
@@ -99,7 +143,7 @@ WEIGHTS_IN_SHARED_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("tier", ["0", "1"])
+@pytest.mark.parametrize("tier", ["0", "1", "2"])
 @pytest.mark.parametrize(
     "case, dtype",
     [*itertools.product(SMALL, [torch.float32, torch.float16]), *WEIGHTS_IN_SHARED_MEMORY],
@@ -117,9 +161,14 @@ def test_no_order_of_threads_changes_a_bit(engine, monkeypatch, case, dtype, tie
             assert torch.equal(value, other[name]), name
 
 
+RELU = [testing.Case(5, 3, 2, 40, hx=True, nonlinearity="relu")]
+
+
 @every_dtype
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_nan_and_infinity_travel_as_in_nn_rnn(engine, case, dtype):
+@pytest.mark.parametrize("tier", ["", "2"])
+@pytest.mark.parametrize("case", SMALL + RELU, ids=str)
+def test_nan_and_infinity_travel_as_in_nn_rnn(engine, monkeypatch, case, tier, dtype):
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", tier)
     states = {}
     for cls in (fastrnn.RNN, torch.nn.RNN):
         module = case.module(cls, dtype)

@@ -64,6 +64,9 @@ class Kernels:
         x = arange(5 * 64).view(5, 64)
         return self._run("rolled", [x], x.roll(-1, 1), 5, 64, bug=bug)
 
+    def chain(self, bug="kNone", blocks=9):
+        return self._run("chain", [arange(blocks)], arange(blocks).cumsum(0), blocks, bug=bug)
+
 
 KERNELS = [name for name in vars(Kernels) if not name.startswith("_")]
 
@@ -138,6 +141,12 @@ def test_what_nobody_wrote_is_nan_in_every_order(kernels, kernel, bug, order):
         ("doubled", "kTrap", "block .* thread .*: trap"),
         ("doubled", "kAbort", "block .* thread .*: abort"),
         ("doubled", "kThrow", "exception: thrown by a kernel"),
+        (
+            "chain",
+            "kSilent",
+            r"deadlock: .* 1 wait in let_others_run \(first: thread \(0,.*7 wait in let_others_run"
+            r"|deadlock: .* 7 wait in let_others_run \(first: thread \(0,",
+        ),
         ("doubled", "kNull", "thread .3,0,0.: read at address 0xc, near no buffer"),
     ],
 )
@@ -145,6 +154,15 @@ def test_misuse_is_reported_in_every_order(kernels, kernel, bug, message, order)
     with pytest.raises(RuntimeError, match=message):
         getattr(kernels, kernel)(bug)
     result, expected = getattr(kernels, kernel)()  # the next launch is none the worse
+    assert torch.equal(result, expected)
+
+
+def test_blocks_that_wait_for_a_later_one_must_be_resident(library, kernels):
+    library.set_order("descending")
+    with pytest.raises(RuntimeError, match="deadlock: block .8,0,0.: 1 wait in __syncthreads"):
+        kernels.chain("kNotResident")
+    library.set_order("ascending")
+    result, expected = kernels.chain("kNotResident")
     assert torch.equal(result, expected)
 
 

@@ -274,8 +274,8 @@ class GroupRecurrence {
       complete = true;
       for_each([&](int c, int r) {
         if ((from.awaited & 1u << r) == 0 || !is_awaited(s[c][r])) return;
+        if (complete) let_others_run();
         complete = false;
-        let_others_run();
         s[c][r] = read(from.row[r], begin + c);
       });
     } while (!complete);

@@ -2,6 +2,7 @@
 //
 // Small kernels, each right with Bug::kNone and wrong in one way with another Bug: they show that
 // the host for CUDA kernels finds what it promises to find. Driven by test_cuda_host.py.
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -31,6 +32,8 @@ enum class Bug : int {
   kTrap,
   kAbort,
   kThrow,
+  kSilent,       // block 1 writes nothing
+  kNotResident,  // a launch does not say that its blocks wait for each other
 };
 
 namespace {
@@ -127,6 +130,17 @@ __global__ void rolled(const float* x, float* out, int n, int threads, Bug bug) 
   }
 }
 
+/// out[b] = the sum of x[0] to x[b]: each block waits for the one before to write its own.
+__global__ void chain(const float* x, volatile float* out, Bug bug) {
+  const unsigned b = blockIdx.x;
+  if (threadIdx.x == 0) {
+    while (b > 0 && std::isnan(out[b - 1])) let_others_run();
+    floats()[0] = (b > 0 ? out[b - 1] : 0) + x[b];
+  }
+  __syncthreads();
+  if (threadIdx.x == 1 && !(bug == Bug::kSilent && b == 1)) out[b] = floats()[0];
+}
+
 __attribute__((noinline)) float recurse(volatile float* x, int depth) {
   volatile float frame[256];
   frame[0] = x[0];
@@ -186,6 +200,14 @@ int run_rolled(const float* x, float* out, int n, int threads, Bug bug) {
 
 int run_sequence(int* out, int blocks, int threads) {
   return guarded([=] { launch(shape(blocks, threads, 0), [=] { sequence(out, threads); }); });
+}
+
+int run_chain(const float* x, float* out, int blocks, Bug bug) {
+  return guarded([=] {
+    LaunchShape all = shape(blocks, 2, 4);
+    all.resident = bug != Bug::kNotResident;
+    launch(all, [=] { chain(x, out, bug); });
+  });
 }
 
 int run_deep(float* out, Bug bug) {
