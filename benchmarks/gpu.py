@@ -184,8 +184,10 @@ def built(report: dict[str, Any]) -> bool:
 
 
 def plan(cases: list[GpuCase], device: str) -> list[tuple[GpuCase, str]]:
-    """What is measured, in order: every case by itself, then every case as a graph."""
-    return [(case, way) for way in (WAYS if device == "cuda" else WAYS[:1]) for case in cases]
+    """What is measured, in order: the main cases by themselves, then as graphs; then the others."""
+    ways = WAYS if device == "cuda" else WAYS[:1]
+    main, others = ([c for c in cases if c.is_main is wanted] for wanted in (True, False))
+    return [(case, way) for part in (main, others) for way in ways for case in part]
 
 
 def ask(

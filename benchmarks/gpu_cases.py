@@ -43,6 +43,11 @@ class GpuCase(BenchmarkCase):
     precision: str
     part: str
 
+    @property
+    def is_main(self) -> bool:
+        """Whether it is a point of the grid as nn.RNN computes by default."""
+        return self.part != "extra" and self.precision != "fp32"
+
 
 def make(
     precision: str, part: str, reason: str, T: int = 512, B: int = 16, H: int = 128, **options: Any

@@ -28,12 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "benchmarks" / "gpu_micro.cu"
 #: Characters of output that are kept, of a failed test's message, and lines that tell of errors.
 TAIL, MESSAGE, ERROR_LINES = 6000, 300, 40
-#: The files with tests for a GPU, what tells most first, each a process of its own: an error of the
-#: GPU fails all that follows it. Where pytest-xdist is there, several processes share the tests of
-#: a file, but for those that measure time and memory.
-SUITE = ("results", "errors", "module", "use", "autograd", "graphs")
-ALONE, PROCESSES = ("use",), 8
-#: Failures after which a file is given up.
+#: The files with tests for a GPU, those of a line in one run of pytest. Where pytest-xdist is there,
+#: processes share the tests of a run, but for those that measure time and memory.
+SUITE = ("graphs results errors module autograd", "use")
+ALONE, PROCESSES = ("use",), max(2, (os.cpu_count() or 1) - 2)
+#: Failures after which a run is given up.
 MOST_FAILURES = 40
 #: Seconds that a program has to end by itself, and pytest to write what it found.
 GRACE = 20
@@ -67,7 +66,7 @@ def toolkit() -> dict[str, str]:
 
 
 def suite(limit: float) -> dict[str, Any]:
-    """Run the tests marked `gpu`: counts, which failed and how, and each file's own step.
+    """Run the tests marked `gpu`: counts, which failed and how, and the step of each run.
 
     Where the time was over, tests under way count as passed: pytest tells no more of them.
     """
@@ -86,13 +85,14 @@ def suite_file(name: str, limit: float) -> dict[str, Any]:
     """Run one of `SUITE`; ``tests``: their counts."""
     if limit <= 0:
         return {"status": "timed out", "seconds": 0.0}
-    command = [sys.executable, "-m", "pytest", f"tests/test_gpu_{name}.py", "-m", "gpu", "-q"]
+    files = [f"tests/test_gpu_{part}.py" for part in name.split()]
+    command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q"]
     command += ["-p", "no:cacheprovider", "--tb=short", f"--maxfail={MOST_FAILURES}"]
     command += ["-o", f"faulthandler_timeout={SLOW_TEST}"]
     environment = dict(os.environ)
     if name not in ALONE and importlib.util.find_spec("xdist"):
-        command += ["-n", str(PROCESSES)]
-        environment["OMP_NUM_THREADS"] = "2"
+        command += ["-n", str(PROCESSES), "--dist", "worksteal"]
+        environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
         step = execute([*command, f"--junitxml={xml}"], limit, environment)

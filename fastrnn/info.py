@@ -157,7 +157,7 @@ def _cuda_plan() -> list[str] | str:
 
 
 def _tiers_of(gpu: torch.device) -> str:
-    """The tiers of one long sequence on a GPU, the largest H of each."""
+    """The tiers of one long sequence on a GPU, the largest H of each, among multiples of 8."""
     if not functional._is_fused_device(gpu):
         return f"{gpu} PyTorch's own path"
     facts: Any = torch.cuda.get_device_properties(gpu)  # its stub lacks an attribute
@@ -171,7 +171,7 @@ def _tiers_of(gpu: torch.device) -> str:
 
     dtypes = []
     for dtype, size in (("float64", 8), ("float32", 4), ("16 bits", 2)):
-        ranges = groupby(range(1, 4097), lambda H, size=size: tier(H, size))  # type: ignore[misc]
+        ranges = groupby(range(8, 4097, 8), lambda H, size=size: tier(H, size))  # type: ignore[misc]
         *limited, (rest, _) = [(number, max(group)) for number, group in ranges]
         shown = [f"tier {number} to H = {last}" for number, last in limited]
         dtypes.append(" ".join([dtype, *shown, f"tier {rest}{' above' if shown else ''}"]))

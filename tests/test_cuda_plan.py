@@ -29,16 +29,24 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
 @pytest.mark.parametrize(
     "gpu, dtype, sizes, tier, rows",
     [
-        # GPU, dtype, (T, B, H, directions), tier, rows of the batch in each block
+        # GPU, dtype, (T, B, H, directions), tier, rows of the batch in each block or group
         (H100, torch.float32, (512, 1, 128, 1), 1, 1),
-        (H100, torch.float32, (512, 132, 128, 1), 1, 1),
-        (H100, torch.float32, (512, 133, 128, 1), 1, 2),
-        (H100, torch.float32, (512, 132, 128, 2), 1, 2),
-        (H100, torch.float32, (512, 300, 128, 1), 1, 4),
-        (H100, torch.float32, (512, 8 * 4 * 132, 128, 1), 1, 4),
-        (H100, torch.float32, (512, 8 * 4 * 132 + 1, 128, 1), 0, 4),
+        (H100, torch.float32, (512, 4 * 132, 64, 1), 1, 1),  # small blocks share a multiprocessor
+        (H100, torch.float32, (512, 2 * 132, 128, 1), 1, 1),
+        (H100, torch.float32, (512, 2 * 132 + 1, 128, 1), 1, 2),
+        (H100, torch.float32, (512, 2 * 132, 128, 2), 1, 2),
+        (H100, torch.float32, (512, 600, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 2 * 132, 128, 1), 1, 4),
+        (H100, torch.float32, (512, 8 * 4 * 2 * 132 + 1, 128, 1), 0, 4),
+        (H100, torch.float32, (512, 133, 192, 1), 1, 2),
         (H100, torch.float32, (512, 16, 256, 1), 1, 1),
-        (H100, torch.float32, (512, 16, 257, 1), 0, 1),
+        (H100, torch.float32, (512, 16, 257, 1), 0, 1),  # rows do not begin at 16 bytes
+        (H100, torch.float32, (512, 16, 260, 1), 2, 8),
+        (H100, torch.float32, (512, 64, 512, 1), 2, 16),
+        (H100, torch.float32, (512, 256, 512, 1), 2, 16),  # two launches
+        (H100, torch.float32, (512, 257, 512, 1), 0, 2),
+        (H100, torch.float32, (512, 8, 2048, 1), 2, 8),
+        (H100, torch.float32, (512, 1, 2052, 1), 0, 1),
         (RTX_3090, torch.float32, (512, 16, 255, 1), 1, 1),
         (H100, torch.float32, (512, 4 * 4 * 132, 193, 1), 1, 4),  # weights in shared memory
         (H100, torch.float32, (512, 4 * 4 * 132 + 1, 193, 1), 0, 4),
@@ -47,9 +55,20 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
         (RTX_3090, torch.float32, (512, 4 * 82 + 1, 256, 1), 0, 1),
         (RTX_3090, torch.float32, (512, 164, 192, 1), 1, 2),
         (H100, torch.float32, (1, 16, 64, 1), 0, 1),
+        (H100, torch.float32, (1, 16, 512, 1), 0, 1),
         (H100, torch.float64, (512, 16, 64, 1), 0, 1),
+        (H100, torch.float64, (512, 16, 512, 1), 0, 1),
         (H100, torch.float16, (512, 16, 384, 1), 1, 1),
         (H100, torch.bfloat16, (512, 16, 385, 1), 0, 1),
+        (H100, torch.bfloat16, (512, 16, 392, 1), 2, 8),
+        (H100, torch.bfloat16, (512, 64, 512, 1), 2, 8),
+        (H100, torch.bfloat16, (512, 64, 512, 2), 2, 16),
+        (H100, torch.bfloat16, (512, 256, 512, 1), 2, 32),
+        (H100, torch.bfloat16, (512, 128, 1024, 1), 2, 32),
+        (H100, torch.bfloat16, (512, 129, 1024, 1), 0, 1),
+        (H100, torch.bfloat16, (512, 16, 2048, 1), 2, 16),
+        (H100, torch.bfloat16, (512, 16, 2048, 2), 0, 1),  # more blocks than multiprocessors
+        (A100, torch.bfloat16, (512, 16, 512, 1), 2, 8),
         (H100, torch.float16, (512, 8 * 8 * 132, 256, 1), 1, 4),
         (H100, torch.float16, (512, 4 * 8 * 132, 257, 1), 1, 4),
         (H100, torch.float16, (512, 4 * 8 * 132 + 1, 257, 1), 0, 4),
@@ -58,6 +77,7 @@ def plan(gpu, T, B, H, directions=1, dtype=torch.float32, I=8):
         (RTX_3090, torch.bfloat16, (512, 16, 256, 1), 1, 1),
         (RTX_3090, torch.bfloat16, (512, 16, 257, 1), 0, 1),
         (TURING, torch.float16, (512, 16, 64, 1), 0, 1),
+        (TURING, torch.float16, (512, 16, 512, 1), 0, 1),
     ],
 )
 def test_the_tier_and_the_rows_of_a_block(gpu, dtype, sizes, tier, rows):
@@ -70,7 +90,9 @@ def test_the_tier_can_be_chosen_where_it_can_run(monkeypatch):
         return plan(H100, *sizes)["tier"]
 
     monkeypatch.setenv("FASTRNN_CUDA_TIER", "1")
-    assert [tier(1, 16, 64), tier(9, 9999, 64), tier(9, 16, 257)] == [1, 1, 0]
+    assert [tier(1, 16, 64), tier(9, 99999, 64), tier(9, 16, 257)] == [1, 1, 0]
+    monkeypatch.setenv("FASTRNN_CUDA_TIER", "2")
+    assert [tier(1, 16, 64), tier(9, 9999, 512), tier(9, 16, 257), tier(9, 16, 63)] == [2, 2, 0, 1]
     monkeypatch.setenv("FASTRNN_CUDA_TIER", "0")
     assert tier(512, 16, 64) == 0
 

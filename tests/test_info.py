@@ -172,8 +172,8 @@ def test_every_gpu_has_the_largest_hidden_size_of_each_tier_and_dtype(monkeypatc
     monkeypatch.setattr(functional, "_is_fused_device", lambda gpu: gpu.index == 0)
     newer, older = info._cuda_plan()
     assert newer == (
-        "cuda:0 float64 tier 0, float32 tier 1 to H = 256 tier 0 above, "
-        "16 bits tier 1 to H = 320 tier 0 above"
+        "cuda:0 float64 tier 0, float32 tier 1 to H = 256 tier 2 to H = 1728 tier 0 above, "
+        "16 bits tier 1 to H = 320 tier 2 to H = 1728 tier 0 above"
     )
     assert older == "cuda:1 PyTorch's own path"
 
