@@ -30,7 +30,7 @@ from gpu_cases import CASES, GpuCase  # noqa: E402
 from gpu_timing import WAYS, Worker, perform  # noqa: E402
 
 #: Seconds of timing for each case, way and mode.
-SECONDS, QUICK_SECONDS = 1.0, 0.2
+SECONDS, QUICK_SECONDS = 1.0, 0.1
 #: Minutes after which a quick run stops measuring.
 QUICK_MINUTES = 10.0
 #: Seconds after which a step, or one case in one way, is taken to hang.

@@ -91,7 +91,8 @@ def suite_file(name: str, limit: float) -> dict[str, Any]:
     command += ["-o", f"faulthandler_timeout={SLOW_TEST}"]
     environment = dict(os.environ)
     if name not in ALONE and importlib.util.find_spec("xdist"):
-        command += ["-n", str(PROCESSES), "--dist", "worksteal"]
+        # A few tests at a time: the precisions of one case, and not all that take long.
+        command += ["-n", str(PROCESSES), "--maxschedchunk", "5"]
         environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"

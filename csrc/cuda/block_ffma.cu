@@ -27,8 +27,8 @@ class FfmaEngine {
   // to two of the lanes; the others' row is none.
   static constexpr int kThreadRows = kBatch * kUnits <= kLanes ? 1 : kBatch * kUnits / kLanes;
   static constexpr int kRowStep = kLanes / kUnits, kThreadUnits = 1, kUnitStep = 1;
-  // Registers are few in large layers.
-  static constexpr int kDepth = kSizes.hidden <= 128 ? 4 : kSizes.hidden <= 192 ? 3 : 2;
+  // As in block_mma.cu.
+  static constexpr int kTogether = kSizes.hidden <= 128 ? 2 : 1;
   static constexpr int kStateStride = kSizes.hidden, kStateSize = kRows * kStateStride;
   static constexpr size_t kSharedBytes = kSizes.shared_bytes(kBatch);
 

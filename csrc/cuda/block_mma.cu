@@ -32,7 +32,7 @@ class MmaEngine {
   static constexpr int kThreadRows = 2, kRowStep = 1, kThreadUnits = 2 * kOwn, kUnitStep = 8;
   // The product of a small layer ends before a load from the L2 cache would; that of a large one
   // does not, and leaves few registers.
-  static constexpr int kDepth = kTiles <= 8 ? 4 : kTiles <= 16 ? 2 : 1;
+  static constexpr int kTogether = kTiles <= 8 ? 2 : 1;
   static constexpr int kStateStride = kSizes.row_stride(), kStateSize = kRows * kStateStride;
   static constexpr size_t kSharedBytes = kSizes.shared_bytes();
 

@@ -30,7 +30,7 @@ class BlockRecurrence {
  public:
   __device__ __forceinline__ explicit BlockRecurrence(const RecurrenceArgs& args)
       : args_(args),
-        d_(blockIdx.y == 0 ? args.direction[0] : args.direction[1]),
+        d_(args.direction[blockIdx.y]),
         row0_(static_cast<int64_t>(blockIdx.x) * Engine::kRows),
         I_(static_cast<int>(args.I)),
         H_(static_cast<int>(args.H)),
@@ -51,17 +51,21 @@ class BlockRecurrence {
     load_input_weights();
     load_offsets(0);
     unsigned before = kBackward && walk_.count > 0 ? among(walk_.rows_before()) : 0;
-    Inputs inputs[kDepth];
-    FASTRNN_UNROLL
-    for (int i = 0; i < kDepth; ++i) load(i, inputs[i]);
+    // A warp that waits for one of its loads waits for all that it has under way: so they start in
+    // batches, each as soon as the batch before has arrived.
+    constexpr int kSets = kTogether > 1 ? 2 : 1;  // else there are few registers
+    Inputs inputs[kSets][kTogether];
+    load_batch(0, inputs[0]);
     __syncthreads();
-    for (int base = 0; base < walk_.count; base += kDepth) {
+    for (int base = 0; base < walk_.count; base += 2 * kTogether) {
       FASTRNN_UNROLL
-      for (int i = 0; i < kDepth; ++i) {
+      for (int i = 0; i < 2 * kTogether; ++i) {
         if (base + i >= walk_.count) break;
-        step((kDepth % 2 == 0 ? i : base + i) % 2, inputs[i], before);
-        before = inputs[i].alive;
-        load(base + i + kDepth, inputs[i]);
+        const Inputs& in = inputs[i / kTogether % kSets][i % kTogether];
+        step(i % 2, in, before);
+        before = in.alive;
+        if (i % kTogether == 0)
+          load_batch(base + i + kTogether, inputs[(i / kTogether + 1) % kSets]);
         __syncthreads();
       }
     }
@@ -72,7 +76,7 @@ class BlockRecurrence {
   using Element = typename Engine::Element;
   using Addend = std::conditional_t<kBackward, Element, float>;
   static constexpr int kThreadRows = Engine::kThreadRows, kThreadUnits = Engine::kThreadUnits;
-  static constexpr int kDepth = Engine::kDepth;
+  static constexpr int kTogether = Engine::kTogether;  // steps whose inputs are loaded together
   static constexpr int64_t kFarthestRow =
       (kThreadRows - 1) * int64_t{Engine::kRowStep} * kMaxRowStride * 4;  // bytes
   static_assert(kFarthestRow <= UINT32_MAX, "a View's rows are within 32 bits");
@@ -205,21 +209,35 @@ class BlockRecurrence {
     }
   }
 
-  /// Of the walk's step number i in packed data: what load() needs to know where to read.
-  __device__ __forceinline__ void load_offsets(int i) {
-    if (!walk_.packed() || i >= walk_.count) return;
-    const int64_t* const first_row = walk_.steps.first_row + walk_.step(i);
-    first_row_ = first_row[0];
-    end_row_ = first_row[1];
+  /// Of packed data, the rows of the steps from the walk's number `begin` on: what load() needs to
+  /// know where to read.
+  __device__ __forceinline__ void load_offsets(int begin) {
+    if (!walk_.packed()) return;
+    FASTRNN_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      if (begin + i >= walk_.count) return;
+      const int64_t* const first_row = walk_.steps.first_row + walk_.step(begin + i);
+      first_row_[i] = first_row[0];
+      end_row_[i] = first_row[1];
+    }
   }
 
-  /// The inputs of the walk's step number i, zero where there are none. Its offsets have been
-  /// loaded a step before, those of the next one are now.
-  __device__ __forceinline__ void load(int i, Inputs& in) {
-    if (i >= walk_.count) return;
-    in.position = walk_.packed() ? first_row_ : walk_.step(i);
-    in.alive = walk_.packed() ? among(end_row_ - first_row_) : all_;
-    load_offsets(i + 1);
+  /// The inputs of the steps from the walk's number `begin` on. Their offsets have been loaded a
+  /// batch before, those of the next ones are now.
+  __device__ __forceinline__ void load_batch(int begin, Inputs (&batch)[kTogether]) {
+    FASTRNN_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      batch[i].position = walk_.packed() ? first_row_[i] : walk_.step(begin + i);
+      batch[i].alive = walk_.packed() ? among(end_row_[i] - first_row_[i]) : all_;
+    }
+    FASTRNN_UNROLL
+    for (int i = 0; i < kTogether; ++i)
+      if (begin + i < walk_.count) load(batch[i]);
+    load_offsets(begin + kTogether);
+  }
+
+  /// The inputs of a step whose place is known, zero where there are none.
+  __device__ __forceinline__ void load(Inputs& in) {
     const Addend* addend[kThreadRows];
     const Element *x[kThreadRows], *y[kThreadRows];
     if (kFeatures == 0) addend_.at(in.position, addend);
@@ -301,12 +319,12 @@ class BlockRecurrence {
   }
 
   const RecurrenceArgs& args_;
-  const RecurrenceDirection d_;
+  const RecurrenceDirection& d_;
   const int64_t row0_;  // the block's first row of the batch
   const int I_, H_;
   const Walk walk_;
   Engine engine_;
-  int64_t first_row_ = 0, end_row_ = 0;  // packed: rows of the step to be loaded next
+  int64_t first_row_[kTogether] = {}, end_row_[kTogether] = {};  // packed: of the next batch
   const View addend_, x_, y_, out_;
   const unsigned columns_, all_;  // elements whose unit exists, and whose row does, too
   Element* const state_;          // in shared memory: two buffers of s, ...
