@@ -258,11 +258,11 @@ class BlockRecurrence {
     });
   }
 
-  /// What is added to an element's product.
-  __device__ __forceinline__ float addend_of(const Inputs& in, int r, int u) const {
-    if (kBackward) return to_float(in.addend[r][u]);
-    if (kFeatures == 0) return to_float(in.addend[r][u]) + bias_[u];
-    float sum = bias_[u];
+  /// An element's product and what is added to it: what was loaded comes last, so that the product
+  /// is not kept waiting for it.
+  __device__ __forceinline__ float with_addend(float sum, const Inputs& in, int r, int u) const {
+    if (!kBackward) sum += bias_[u];
+    if (kFeatures == 0) sum += to_float(in.addend[r][u]);
     FASTRNN_UNROLL
     for (int i = 0; i < kFeatures; ++i) sum += to_float(in.x[r][i]) * w_ih_[u][i];
     return sum;
@@ -275,7 +275,7 @@ class BlockRecurrence {
     Element* const next = state_ + (1 - buffer) * Engine::kStateSize;
     float sums[kThreadRows][kThreadUnits];
     engine_.multiply(last, sums);
-    for_each([&](int r, int u) { sums[r][u] += addend_of(in, r, u); });
+    for_each([&](int r, int u) { sums[r][u] = with_addend(sums[r][u], in, r, u); });
     if (kBackward && d_.grad_h_n != nullptr && (in.alive & ~before) != 0) {
       const Element* grad_h_n[kThreadRows];
       at_batch(static_cast<const Element*>(d_.grad_h_n), grad_h_n);
