@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "benchmarks" / "gpu_micro.cu"
 #: Characters of output that are kept, of a failed test's message, and lines that tell of errors.
 TAIL, MESSAGE, ERROR_LINES = 6000, 300, 40
-#: The files with tests for a GPU, those of a line in one run of pytest. Where pytest-xdist is there,
+#: The files with tests for a GPU, each entry a run of pytest. Where pytest-xdist is there, several
 #: processes share the tests of a run, but for those that measure time and memory.
 SUITE = ("graphs results errors module autograd", "use")
 ALONE, PROCESSES = ("use",), max(2, (os.cpu_count() or 1) - 2)

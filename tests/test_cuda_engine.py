@@ -121,15 +121,26 @@ def test_so_are_they_where_blocks_share_a_layer(groups, case, multiprocessors, d
 
 
 @in_groups
-def test_blocks_that_share_a_layer_are_what_ran(engine, groups, case, multiprocessors):
-    """One launch for a layer's forward, or as many as its groups need, and none for single steps."""
+def test_groups_that_fit_together_are_one_launch_for_each_chunk(
+    engine, groups, case, multiprocessors
+):
     groups(multiprocessors)
     module, (inputs, hx) = case.module(fastrnn.RNN, torch.bfloat16), case.arguments(torch.bfloat16)
     packed = pack_sequence(inputs, enforce_sorted=False) if case.lengths else inputs[0]
+    T, B = (max(case.lengths), len(case.lengths)) if case.lengths else (case.T, case.B)
+    directions = 2 if case.bidirectional else 1
+
+    def divide_up(a, b):
+        return (a + b - 1) // b
+
+    at_a_time = multiprocessors // (divide_up(case.H, 32 if case.H <= 1024 else 16) * directions)
+    rows = next(r for r in (8, 16, 32) if r == 32 or divide_up(B, r) <= at_a_time)
+    numbers = B * case.H * directions  # of a step, each four bytes
+    chunk = min(T, max(1, max(32 << 10, T * numbers) // (4 * numbers)))
+    launches = divide_up(divide_up(B, rows), at_a_time) * divide_up(T, chunk) * case.num_layers
     before = engine.launches()
     module(packed, hx)
-    uploads = 1 if case.lengths else 0
-    assert engine.launches() - before - uploads < case.num_layers * max(case.T, 6)
+    assert engine.launches() - before == launches + (1 if case.lengths else 0)
 
 
 SMALL = [

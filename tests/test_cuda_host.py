@@ -159,7 +159,7 @@ def test_misuse_is_reported_in_every_order(kernels, kernel, bug, message, order)
 
 def test_blocks_that_wait_for_a_later_one_must_be_resident(library, kernels):
     library.set_order("descending")
-    with pytest.raises(RuntimeError, match="deadlock: block .8,0,0.: 1 wait in __syncthreads"):
+    with pytest.raises(RuntimeError, match=r"deadlock: block .8,0,0.: 1 wait in __syncthreads"):
         kernels.chain("kNotResident")
     library.set_order("ascending")
     result, expected = kernels.chain("kNotResident")
