@@ -25,7 +25,7 @@ namespace fastrnn::cuda {
 
 /// One thread's part of a block's walk. A thread has two roles: as a lane of a warp it multiplies
 /// fragments (see mma() in primitives.cuh), and it finishes the sums of kOutputs rows of one unit.
-/// Each of the kWarps takes every kWarps-th chunk of s, kChunks at most.
+/// Each of the kGroupWarps takes every kGroupWarps-th chunk of s, kChunks at most.
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
 class GroupRecurrence {
  public:
@@ -86,7 +86,9 @@ class GroupRecurrence {
   static constexpr int kAtOnce =
       sizeof(T) == 2 || kChunks * kRowTiles <= kMostTiles ? kChunks : kMostTiles / kRowTiles;
   static_assert(kChunks % kAtOnce == 0);
+  // Tiles of s that are read again and again before the first of them is there.
   static constexpr int kMostInVain = 4;
+  static constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
 
   /// A tile's sums in parts, where tiles are few: an mma waits for the one before that adds to the
   /// same part.
@@ -217,7 +219,7 @@ class GroupRecurrence {
   /// This warp's part of the sums of all units and rows, into `part` [kRows][kPartStride].
   __device__ __forceinline__ void multiply(float* part, int i) const {
     // Read in each step: else the compiler would compute all that hangs on it once, for all steps.
-    const uint32_t mask = *static_cast<const volatile uint32_t*>(mask_);
+    const uint32_t mask = sizeof(T) == 4 ? *static_cast<const volatile uint32_t*>(mask_) : 0;
     const Sources from = sources(i);
     Sums sums[kTiles][kRowTiles] = {};
     FASTRNN_UNROLL
@@ -293,9 +295,9 @@ class GroupRecurrence {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = words.word[i];
       if (kWordNumbers == 1)
-        found |= word == 0xffffffffu;
+        found |= word == kAwaited;
       else
-        found |= (~word - 0x00010001u) & word & 0x80008000u;  // has a half of ones
+        found |= (~word - 0x00010001u) & word & 0x80008000u;  // a half of it is kAwaited
     }
     return found != 0;
   }
@@ -322,7 +324,6 @@ class GroupRecurrence {
   }
   /// A NaN of other bits in place of what kAwaited is.
   static __device__ __forceinline__ T not_awaited(T s) {
-    constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
     return bits_of(s) == kAwaited ? from_bits<T>(kAwaited >> 1) : s;
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products of tensors, the walk of tier 0, and the arguments of tier 1's kernels.
+// Products of tensors, the walk of tier 0, and the arguments of the kernels of tiers 1 and 2.
 #include "layer_common.h"
 
 #include <ATen/ops/empty.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What layer_forward.cpp and layer_backward.cpp share: the layer's steps in chunks, products of
-// tensors, tensors as the kernels see them, and the recurrence over a chunk by either tier.
+// tensors, tensors as the kernels see them, and the recurrence over a chunk by any tier.
 #pragma once
 
 #include "layer_cuda.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// No constant here has been measured on a GPU yet: each is an estimate, whose reason docs/cuda.md
-// gives. What the estimates do not cover goes to tier 0.
+// docs/cuda.md gives each constant's reason, and says which are estimates. What they do not cover
+// goes to tier 0.
 #include "plan.h"
 
 #include <algorithm>
@@ -97,7 +97,8 @@ std::optional<Groups> groups_of(const GroupSizes (&table)[kCount], const LayerSh
 
 std::optional<Groups> groups_for(const LayerShape& s, const Gpu& gpu) {
   const int64_t item = element_size(s.type);
-  if (item == 8 || s.H < 1 || s.H * item % kGroupAlignment != 0) return std::nullopt;
+  const bool aligned = s.H >= 1 && s.H * item % kGroupAlignment == 0;
+  if (item == 8 || !aligned || s.B > kMaxGroupRows) return std::nullopt;
   return item == 2 ? groups_of(kGroupSizes16, s, gpu) : groups_of(kGroupSizes32, s, gpu);
 }
 

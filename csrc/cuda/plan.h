@@ -25,7 +25,7 @@ struct Gpu {
 };
 
 enum class Tier {
-  kSteps = 0,  // a product by ATen in each step
+  kSteps = 0,  // a product by cuBLAS in each step
   kBlock = 1,  // a block of threads keeps W_hh and walks through all steps
   kGroup = 2,  // a group of blocks does
 };

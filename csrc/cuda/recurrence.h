@@ -80,9 +80,11 @@ constexpr int kMaxFusedInput = 2;
 /// largest of group_sizes.h. Groups that do not run at the same time do so in one launch after the
 /// other. `out` must be filled with bytes 0xff, which blocks wait to see replaced. addend and
 /// final_state are not `out` or `state`. H, and the strides of `out`, are multiples of
-/// kGroupAlignment bytes; so are its address and that of state.
+/// kGroupAlignment bytes; so are its address and that of state. The batch has kMaxGroupRows rows at
+/// most.
 const char* group_recurrence(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream);
 constexpr int kGroupAlignment = 16;
+constexpr int64_t kMaxGroupRows = 1 << 30;
 
 /// Tier 0, after the product of each step: for rows [0, rows) of one step and direction
 ///   out = f( addend + product + b_ih + b_hh )  or, backward,  ( addend + product ) f'(y)
