@@ -224,6 +224,21 @@ def test_kernels_keep_to_registers(source, architecture, tmp_path, record_proper
     assert complaints == []
 
 
+@needs_nvcc
+def test_blocks_of_one_row_share_a_multiprocessor_as_the_plan_says(tmp_path):
+    """FfmaSizes in block_sizes.h: hidden, units, weights in registers, resident."""
+    sizes = re.findall(r"\{(\d+), (\d+), (\d+), (\d+)\}", (CSRC / "cuda/block_sizes.h").read_text())
+    functions, _ = compile_kernels(CSRC / "cuda" / "block_ffma.cu", "90a", tmp_path)
+    checked = set()
+    for function in functions:
+        if match := re.search(r"FfmaEngineILi(\d)ELi1E", function.name):
+            hidden, units, _, resident = map(int, sizes[int(match[1])])
+            threads = hidden // units * 4
+            assert function.registers * threads * resident <= 65536, readable([function.name])
+            checked.add(hidden)
+    assert checked == {32, 64, 128, 192, 256}
+
+
 @needs_headers
 @pytest.mark.parametrize("source", HOST_CODE, ids=lambda path: path.name)
 def test_host_code_of_the_cuda_part_type_checks(source):

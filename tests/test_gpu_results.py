@@ -217,6 +217,19 @@ def test_settings_of_matrix_products_change_no_bit(H, precision, monkeypatch):
     assert_same_bits(first, run(fastrnn.RNN, case, precision))
 
 
+@pytest.mark.parametrize("B", [131, 393])  # T * B is 64 n + 1 and 64 n + 3
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_sums_over_many_rows_leave_out_none(B, precision):
+    """cuBLAS 13.1 leaves out up to three of 16 bits: 1 % of the gradient here."""
+    dtype, _ = PRECISIONS[precision]
+    case = Case(43, B, 112, 112)
+    ours, right = run(fastrnn.RNN, case, precision), exact(case, dtype)
+    for name in ("grad_weight_ih_l0", "grad_weight_hh_l0"):
+        assert testing.relative_error(ours[name], right[name]) < 4 * torch.finfo(dtype).eps / 4, (
+            name
+        )
+
+
 @every_precision
 def test_thousands_of_steps_stay_as_accurate_as_nn_rnns(precision):
     case = Case(5000, 4, 64, 64, hx=True)

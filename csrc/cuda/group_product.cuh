@@ -41,10 +41,7 @@ class TileProduct<float> {
   __device__ __forceinline__ TileProduct(const Words& w, uint32_t mask)
       : mask_(mask), half_((0u - mask) >> 1) {
     FASTRNN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      high_[i] = rounded(w.word[i]);
-      low_[i] = rest(w.word[i], high_[i]);
-    }
+    for (int i = 0; i < 4; ++i) split(w.word[i], high_[i], finite_[i], low_[i]);
   }
 
   template <int kParts>
@@ -52,22 +49,16 @@ class TileProduct<float> {
                                               const uint32_t (&s)[2]) const {
     uint32_t high[2], low[2], finite[2];
     FASTRNN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      // Infinity and NaN as they are, without low parts: times one of any sign they would be NaN.
-      const bool is_finite = (s[i] & kInfinity) != kInfinity;
-      high[i] = is_finite ? rounded(s[i]) : s[i] & mask_;
-      finite[i] = is_finite ? high[i] : 0;
-      low[i] = is_finite ? rest(s[i], high[i]) : 0;
-    }
+    for (int i = 0; i < 2; ++i) split(prepared(s[i]), high[i], finite[i], low[i]);
     float product[4] = {};
     mma(Tf32{}, product, low_, finite);
-    mma(Tf32{}, product, high_, low);
+    mma(Tf32{}, product, finite_, low);
     mma(Tf32{}, product, high_, high);
     FASTRNN_UNROLL
     for (int i = 0; i < 4; ++i) sums[0][i] += product[i];
   }
 
-  /// A weight as the constructor takes it: rounding would carry a NaN of many ones into the sign.
+  /// Infinity and NaN as rounding leaves them: it would carry a NaN of many ones into the sign.
   static __device__ __forceinline__ uint32_t prepared(uint32_t bits) {
     return (bits & ~kSign) > kInfinity ? kInfinity | kInfinity >> 1 : bits;
   }
@@ -75,16 +66,22 @@ class TileProduct<float> {
  private:
   static constexpr uint32_t kInfinity = 0x7f800000u, kSign = 0x80000000u;
 
+  /// Infinity has no low part, nor does it meet those of the other factor: of any sign, they would
+  /// make NaN of it.
+  __device__ __forceinline__ void split(uint32_t bits, uint32_t& high, uint32_t& finite,
+                                        uint32_t& low) const {
+    high = rounded(bits);
+    const bool is_finite = (high & kInfinity) != kInfinity;
+    finite = is_finite ? high : 0;
+    low = is_finite ? rounded(bits_of(float_of(bits) - float_of(high))) : 0;
+  }
   /// To the nearest TF32 number.
   __device__ __forceinline__ uint32_t rounded(uint32_t bits) const {
     return (bits + half_) & mask_;
   }
-  __device__ __forceinline__ uint32_t rest(uint32_t bits, uint32_t high) const {
-    return rounded(bits_of(float_of(bits) - float_of(high)));
-  }
 
   const uint32_t mask_, half_;  // the bits of a TF32 number, and half of its last one
-  uint32_t high_[4], low_[4];
+  uint32_t high_[4], finite_[4], low_[4];
 };
 
 }  // namespace fastrnn::cuda

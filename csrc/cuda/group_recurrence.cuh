@@ -81,12 +81,13 @@ class GroupRecurrence {
   static constexpr int kWordNumbers = 4 / static_cast<int>(sizeof(T));
   static constexpr int kRowStep = kThreads / kUnits;
   static constexpr int kOutputs = kRows > kRowStep ? kRows / kRowStep : 1;
-  // Chunks of s that registers hold at once: beside the weights of floats, fewer.
+  // Chunks of s that registers hold at once, by tiles (of a chunk and eight rows): beside the
+  // weights of floats, fewer.
   static constexpr int kMostTiles = kChunks * kTiles == 16 ? 2 : 8;
   static constexpr int kAtOnce =
       sizeof(T) == 2 || kChunks * kRowTiles <= kMostTiles ? kChunks : kMostTiles / kRowTiles;
   static_assert(kChunks % kAtOnce == 0);
-  // Tiles of s that are read again and again before the first of them is there.
+  // So many tiles at most are read again and again while none is there; of more, the first chunk's.
   static constexpr int kMostInVain = 4;
   static constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
 

@@ -26,7 +26,7 @@ constexpr int group_chunk(int element_size) { return 64 / element_size; }
 
 /// In 16 bits and in float, by `hidden`, then by tiles: more of them for large batches, since every
 /// block of a group reads all of the group's state. Weights take 32 to 128 registers of a thread,
-/// of 255, the state of a row tile up to 64.
+/// of 255, the state up to 64.
 constexpr GroupSizes kGroupSizes16[] = {{512, 2, 1, 4}, {1024, 2, 1, 4}, {2048, 1, 1, 2}};
 constexpr GroupSizes kGroupSizes32[] = {
     {512, 1, 1, 2}, {512, 2, 2, 2}, {1024, 1, 1, 1}, {1024, 2, 2, 2}, {2048, 1, 1, 1}};

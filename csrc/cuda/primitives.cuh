@@ -199,8 +199,9 @@ __device__ __forceinline__ void* shared_memory() {
 #endif
 }
 
-/// Reads 16 bytes that another block may be writing, from where all blocks see the same, and at
-/// each call again. Each word is what it was at some time.
+/// Reads 16 bytes, at a multiple of 16, that another block may be writing, from where all blocks
+/// see the same, and at each call again. Each number is what it was at some time: PTX does not
+/// promise that of numbers of 16 bits within words of 32, but GPUs read and write them so.
 __device__ __forceinline__ void load_fresh(const void* data, uint32_t (&words)[4]) {
 #ifdef __CUDACC__
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -208,6 +209,7 @@ __device__ __forceinline__ void load_fresh(const void* data, uint32_t (&words)[4
                : "l"(__cvta_generic_to_global(data))
                : "memory");
 #else
+  if (reinterpret_cast<uintptr_t>(data) % sizeof words != 0) cuda_host::fail("misaligned read");
   std::memcpy(words, data, sizeof words);
 #endif
 }
@@ -243,6 +245,9 @@ __device__ __forceinline__ void warp_sync() {
 #endif
 }
 
+/// TF32 numbers are floats of which only these bits are set.
+constexpr uint32_t kTf32Bits = 0xffffe000u;
+
 #ifndef __CUDACC__
 /// What mma.sync.m16n8k16 computes, from the operands of all lanes.
 template <typename T>
@@ -271,6 +276,8 @@ inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 #ifndef __CUDACC__
 /// What mma.sync.m16n8k8 computes.
 inline void mma_tf32_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const uint32_t set = a[0] | a[1] | a[2] | a[3] | b[0] | b[1];
+  if ((set & ~kTf32Bits) != 0) cuda_host::fail("numbers that are not TF32");
   struct Operands {
     uint32_t a[4], b[2];
   } mine, all[32];
@@ -322,9 +329,8 @@ __device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)
 #endif
 }
 
-/// Names mma() of TF32 numbers: floats of which only these bits are set.
+/// Names mma() of TF32 numbers.
 struct Tf32 {};
-constexpr uint32_t kTf32Bits = 0xffffe000u;
 
 /// d += a b for a [16, 8] and b [8, 8] of TF32 numbers. A lane holds
 ///   a: (g, q), (g+8, q), (g, q+4), (g+8, q+4)     b: (q, g), (q+4, g)     d: as above

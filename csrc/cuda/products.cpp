@@ -26,10 +26,6 @@ cudaDataType_t cuda_type(at::ScalarType type) {
   }
 }
 
-/// cuBLAS 13 leaves out the last rows of 16-bit matrices with sums in float, both with K rows,
-/// where the tiles of its kernels leave so few: K = 5633 or 5634, but not 5642.
-constexpr int64_t kTile = 64, kSafeRest = 8;
-
 /// cuDNN rounds to TF32 where rows are aligned; in small products there is nothing to win.
 bool takes_tf32(const Matrix& a, const Matrix& b) {
   constexpr int64_t kAlignment = 4, kSmall = 1 << 24;
@@ -52,27 +48,6 @@ Multiplier::Multiplier(at::ScalarType type, at::ScalarType result, bool exact)
 
 void Multiplier::operator()(const Matrix& a, const Matrix& b, void* out, int64_t stride,
                             bool accumulate) const {
-  const int64_t K = a.columns, rest = K % kTile;
-  const bool is_cut = type_ != at::kFloat && type_ != at::kDouble && a.column_major &&
-                      !b.column_major && K > kTile && rest > 0 && rest < kSafeRest;
-  if (!is_cut) {
-    multiply(a, b, out, stride, accumulate);
-    return;
-  }
-  const int64_t first = K - rest - kTile / 2;
-  const int64_t bytes = static_cast<int64_t>(c10::elementSize(type_));
-  const auto part = [&](const Matrix& m, int64_t begin, int64_t count) {
-    Matrix result = m;  // m lies in rows along K
-    result.data = static_cast<const char*>(m.data) + begin * m.stride * bytes;
-    (m.column_major ? result.columns : result.rows) = count;
-    return result;
-  };
-  multiply(part(a, 0, first), part(b, 0, first), out, stride, accumulate);
-  multiply(part(a, first, K - first), part(b, first, K - first), out, stride, /*accumulate=*/true);
-}
-
-void Multiplier::multiply(const Matrix& a, const Matrix& b, void* out, int64_t stride,
-                          bool accumulate) const {
   const cublasComputeType_t sums = type_ == at::kDouble        ? CUBLAS_COMPUTE_64F
                                    : tf32_ && takes_tf32(a, b) ? CUBLAS_COMPUTE_32F_FAST_TF32
                                                                : CUBLAS_COMPUTE_32F;

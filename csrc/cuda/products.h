@@ -33,8 +33,6 @@ class Multiplier {
                   bool accumulate = false) const;
 
  private:
-  void multiply(const Matrix& a, const Matrix& b, void* out, int64_t stride, bool accumulate) const;
-
   const at::ScalarType type_, result_;
   void* handle_;
   bool tf32_;
