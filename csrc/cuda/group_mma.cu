@@ -23,7 +23,8 @@ const char* run(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream
   if constexpr (kRowTiles < kSizes.most_row_tiles)
     if (plan.row_tiles > kRowTiles) return run<T, kSize, 2 * kRowTiles>(args, plan, stream);
   constexpr int kChunks = kSizes.hidden / group_chunk(sizeof(T)) / kGroupWarps;
-  return run_groups<T, kSizes.tiles, kChunks, kRowTiles>(args, plan.at_a_time, stream);
+  return run_groups<T, kSizes.tiles, kChunks, kRowTiles>(args, kSizes.blocks(args.H),
+                                                         plan.at_a_time, stream);
 }
 
 template <typename T, int kSize = 0>

@@ -366,11 +366,10 @@ __global__ void __launch_bounds__(32 * kGroupWarps, 1)
   GroupRecurrence<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
 }
 
-/// `groups` at a time, as many as are resident at the same time.
+/// `groups` of so many blocks at a time, as many as are resident at the same time.
 template <typename T, int kTiles, int kChunks, int kRowTiles>
-const char* run_groups(const RecurrenceArgs& args, int64_t groups, Stream stream) {
+const char* run_groups(const RecurrenceArgs& args, int64_t blocks, int64_t groups, Stream stream) {
   using Kernel = GroupRecurrence<T, false, kTiles, kChunks, kRowTiles>;
-  const int64_t blocks = (args.H + Kernel::kUnits - 1) / Kernel::kUnits;
   const int64_t all = (args.steps.B + Kernel::kRows - 1) / Kernel::kRows;
   LaunchShape shape;
   shape.blocks_y = args.directions;

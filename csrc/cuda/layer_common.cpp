@@ -226,13 +226,11 @@ RecurrenceDirection direction_of(const Layout& layout, bool backward, Range rang
   return r;
 }
 
-/// What tier 2 asks for, see group_recurrence(): blocks wait for `out`, and one of them may write
-/// final_state while another one still reads the state.
-void prepare_for_groups(DirectionTensors& d) {
-  d.out.view(d.out.itemsize() == 2 ? at::kShort : at::kInt).fill_(-1);
-  if (!d.state.defined()) return;
+/// The state as tier 2 can read it while it writes final_state.
+Tensor state_for_groups(const DirectionTensors& d) {
+  if (!d.state.defined()) return d.state;
   const bool aligned = reinterpret_cast<uintptr_t>(d.state.const_data_ptr()) % kGroupAlignment == 0;
-  if (!aligned || d.state.is_same(d.final_state)) d.state = d.state.clone();
+  return !aligned || d.state.is_same(d.final_state) ? d.state.clone() : d.state;
 }
 
 }  // namespace
@@ -255,10 +253,16 @@ void run_recurrence(const Layout& layout, const Plan& plan, const Tensor& first_
   a.activation = activation;
   a.backward = backward;
   a.directions = static_cast<int>(directions.size());
-  std::vector<DirectionTensors> used = directions;
-  if (plan.tier == Tier::kGroup) std::for_each(used.begin(), used.end(), prepare_for_groups);
-  for (size_t d = 0; d < used.size(); ++d)
-    a.direction[d] = direction_of(layout, backward, ranges[d], used[d]);
+  Tensor states[2];
+  for (size_t d = 0; d < directions.size(); ++d) {
+    a.direction[d] = direction_of(layout, backward, ranges[d], directions[d]);
+    if (plan.tier != Tier::kGroup) continue;
+    // Blocks wait for `out` to hold something else than these bits.
+    const Tensor& out = directions[d].out;
+    out.view(out.itemsize() == 2 ? at::kShort : at::kInt).fill_(-1);
+    states[d] = state_for_groups(directions[d]);
+    a.direction[d].state = read_of(states[d]);
+  }
   if (plan.tier == Tier::kGroup)
     check_launch(group_recurrence(a, plan.groups, current_stream()));
   else

@@ -249,54 +249,52 @@ __device__ __forceinline__ void warp_sync() {
 constexpr uint32_t kTf32Bits = 0xffffe000u;
 
 #ifndef __CUDACC__
-/// What mma.sync.m16n8k16 computes, from the operands of all lanes.
-template <typename T>
-inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+/// What mma.sync computes, from the operands of all lanes: add(sum, a, b) adds the products of the
+/// numbers in a word of each.
+template <typename F>
+inline void mma_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                        const F& add) {
   struct Operands {
     uint32_t a[4], b[2];
   } mine, all[32];
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
   cuda_host::warp_gather(mine, all, "mma");
-  const auto half_of = [](uint32_t pair, int k) {
-    return to_float(T{static_cast<uint16_t>(k % 2 ? pair >> 16 : pair)});
-  };
   const int lane = cuda_host::place->lane;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
     float sum = 0;
-    for (int k = 0; k < 16; ++k)
-      sum += half_of(all[row % 8 * 4 + k % 8 / 2].a[row / 8 + 2 * (k / 8)], k) *
-             half_of(all[column * 4 + k % 8 / 2].b[k / 8], k);
+    for (int half = 0; half < 2; ++half)
+      for (int q = 0; q < 4; ++q)
+        add(sum, all[row % 8 * 4 + q].a[row / 8 + 2 * half], all[column * 4 + q].b[half]);
     d[i] += sum;
   }
 }
-#endif
 
-#ifndef __CUDACC__
-/// What mma.sync.m16n8k8 computes.
+/// Words of two numbers of type T.
+template <typename T>
+inline void mma_of_pairs_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_on_host(d, a, b, [](float& sum, uint32_t x, uint32_t y) {
+    for (int shift = 0; shift < 32; shift += 16)
+      sum += to_float(from_bits<T>(x >> shift)) * to_float(from_bits<T>(y >> shift));
+  });
+}
+
 inline void mma_tf32_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint32_t set = a[0] | a[1] | a[2] | a[3] | b[0] | b[1];
   if ((set & ~kTf32Bits) != 0) cuda_host::fail("numbers that are not TF32");
-  struct Operands {
-    uint32_t a[4], b[2];
-  } mine, all[32];
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  cuda_host::warp_gather(mine, all, "mma");
-  const int lane = cuda_host::place->lane;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    float sum = 0;
-    for (int k = 0; k < 8; ++k)
-      sum += float_of(all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)]) *
-             float_of(all[column * 4 + k % 4].b[k / 4]);
-    d[i] += sum;
-  }
+  mma_on_host(d, a, b,
+              [](float& sum, uint32_t x, uint32_t y) { sum += float_of(x) * float_of(y); });
 }
 #endif
 
 // The instructions are volatile, so that none moves into a branch which not all lanes take.
+
+#define FASTRNN_MMA(shape_and_types, d, a, b)                                     \
+  asm volatile("mma.sync.aligned." shape_and_types                                \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 /// d += a b for a [16, 16] and b [16, 8] that the warp's lanes hold, sums in float. With
 /// g = lane / 4 and q = lane % 4, a lane holds
@@ -306,26 +304,18 @@ inline void mma_tf32_on_host(float (&d)[4], const uint32_t (&a)[4], const uint32
 __device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FASTRNN_MMA("m16n8k16.row.col.f32.f16.f16.f32", d, a, b);
 #else
-  mma_on_host<Half>(d, a, b);
+  mma_of_pairs_on_host<Half>(d, a, b);
 #endif
 }
 
 __device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FASTRNN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", d, a, b);
 #else
-  mma_on_host<BFloat16>(d, a, b);
+  mma_of_pairs_on_host<BFloat16>(d, a, b);
 #endif
 }
 
@@ -337,14 +327,12 @@ struct Tf32 {};
 __device__ __forceinline__ void mma(Tf32, float (&d)[4], const uint32_t (&a)[4],
                                     const uint32_t (&b)[2]) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  FASTRNN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32", d, a, b);
 #else
   mma_tf32_on_host(d, a, b);
 #endif
 }
+
+#undef FASTRNN_MMA
 
 }  // namespace fastrnn::cuda
