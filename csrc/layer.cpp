@@ -21,7 +21,6 @@ Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {
   first_row.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) first_row[t + 1] = first_row[t] + batch_sizes[t];
   B = batch_sizes[0];
-  rows_before = first_row;
   total_rows = first_row[T];
 }
 
@@ -91,11 +90,12 @@ void put_gradients(std::vector<Tensor>& grad_weights, const Cell& cell, const Rn
     grad_weights[first_weight(options, layer, direction) + i] = tensors[i];
 }
 
-/// Of forward, in all layers.
-int64_t multiply_adds(const Layout& layout, const RnnOptions& options, int64_t I, int64_t H) {
+/// Nanoseconds of forward through all layers, about.
+int64_t expected_time(const Layout& layout, const RnnOptions& options, int64_t I, int64_t H) {
+  constexpr int64_t kMultiplyAdds = 25;  // in a nanosecond
   const int64_t D = options.directions();
   const int64_t features = I + H + (options.num_layers - 1) * (D * H + H);
-  return layout.total_rows * D * H * features;
+  return layout.total_rows * D * H * features / kMultiplyAdds;
 }
 
 }  // namespace
@@ -107,31 +107,18 @@ ForwardResult forward_layers(const Engine& engine, const Tensor& input, const Op
   check_dtype(input);
   const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
-  const Call call(multiply_adds(layout, options, input.size(-1), H));
+  pool.expected = expected_time(layout, options, input.size(-1), H);
   auto output_sizes = input.sizes().vec();
   output_sizes.back() = D * H;
   const Tensor h_n = at::empty({options.num_layers * D, layout.B, H}, input.options());
   std::vector<Tensor> layer_outputs;
   Tensor x = input;
-  const Layer first = layer_of(input, hx, weights, options, 0);
-  if (options.num_layers > 1 && engine.runs_side_by_side != nullptr &&
-      engine.runs_side_by_side(layout, first, options.num_layers, keep)) {
-    std::vector<Layer> layers{first};
-    for (int64_t layer = 0; layer < options.num_layers; ++layer) {
-      layer_outputs.push_back(at::empty(output_sizes, input.options()));
-      if (layer > 0)
-        layers.push_back(layer_of(layer_outputs[layer - 1], hx, weights, options, layer));
-    }
-    engine.stack_forward(layout, layers, layer_outputs, h_n);
-    x = layer_outputs.back();
-  } else {
-    for (int64_t layer = 0; layer < options.num_layers; ++layer) {
-      const Tensor y = at::empty(output_sizes, input.options());
-      engine.layer_forward(layout, layer == 0 ? first : layer_of(x, hx, weights, options, layer), y,
-                           rows_of_layer(h_n, options, layer));
-      if (keep) layer_outputs.push_back(y);
-      x = y;
-    }
+  for (int64_t layer = 0; layer < options.num_layers; ++layer) {
+    const Tensor y = at::empty(output_sizes, input.options());
+    engine.layer_forward(layout, layer_of(x, hx, weights, options, layer), y,
+                         rows_of_layer(h_n, options, layer));
+    if (keep) layer_outputs.push_back(y);
+    x = y;
   }
   if (!keep) return {x, h_n, {}};
   // The caller may write to the output before backward, which reads it: it gets its own copy.
@@ -150,7 +137,7 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
   check_dtype(input);
   const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
-  const Call call(2 * multiply_adds(layout, options, input.size(-1), H));
+  pool.expected = 2 * expected_time(layout, options, input.size(-1), H);
   Tensor grad_input, grad_hx;
   if (needs.get(0)) grad_input = at::empty(input.sizes(), input.options());
   if (needs.get(1)) grad_hx = at::empty({options.num_layers * D, layout.B, H}, input.options());
@@ -158,7 +145,7 @@ BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_
 
   const int64_t lowest = lowest_layer(needs, D * options.weights_per_cell());
   const int64_t count = options.num_layers - lowest;
-  const int64_t together = D == 1 && engine.stack_forward != nullptr ? count : 1;
+  const int64_t together = D == 1 && engine.stacks ? count : 1;
   Tensor grad_y = grad_output.value_or(Tensor());
   for (int64_t top = options.num_layers; top > lowest; top -= together) {
     const int64_t first = top - together;

@@ -18,18 +18,15 @@ namespace fastrnn {
 /// The steps of a call, shared by its layers. Padded: the vectors are empty.
 struct Layout {
   int64_t T = 0, B = 0, total_rows = 0;
-  std::vector<int64_t> batch_sizes;
+  std::vector<int64_t> batch_sizes;  // packed: rows of each step
   std::vector<int64_t> first_row;    // of each step in packed tensors, and of the end: [T + 1]
-  std::vector<int64_t> rows_before;  // the same, unless this is a part of a larger batch
   mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }
   int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
-  /// The first row of step t in the call's tensors.
+  /// The first row of step t where the rows of all steps follow one another.
   int64_t position(int64_t t) const { return packed() ? first_row[t] : t * B; }
-  /// Rows of all steps before step t: its first row in a workspace.
-  int64_t offset(int64_t t) const { return packed() ? rows_before[t] : t * B; }
 };
 
 /// What forward and backward read of one layer.
@@ -66,13 +63,8 @@ struct Engine {
                         const Tensor& h_n);
   /// Returns the gradients of every cell, undefined where not wanted.
   std::vector<Cell> (*layers_backward)(const BackwardPass& pass);
-  // An engine that has these two takes passes of several layers in layers_backward, too. Forward of
-  // all layers of a stack in one direction at once, each reading the output of the one before;
-  // runs_side_by_side: whether layers that begin with `first` do so. h_n [layers, B, H].
-  bool (*runs_side_by_side)(const Layout& layout, const Layer& first, int64_t layers,
-                            bool keep) = nullptr;
-  void (*stack_forward)(const Layout& layout, const std::vector<Layer>& layers,
-                        at::TensorList outputs, const Tensor& h_n) = nullptr;
+  /// Whether layers_backward takes several layers, which then share the workspace of a chunk.
+  bool stacks = false;
 };
 
 /// rnn_forward and rnn_backward by an engine, arguments not yet checked.
@@ -106,12 +98,11 @@ inline int64_t parts_in(Range whole, int64_t size) {
 }
 
 /// The steps `range` of a padded [T, B, N] or packed [N, ...] tensor whose first step is `origin`,
-/// as a view. (Of some rows of a larger batch the last step may lack other rows.)
+/// as a view.
 inline Tensor narrow_steps(const Layout& layout, const Tensor& t, Range range, int64_t origin = 0) {
   if (range.begin == 0 && range.end == layout.T) return t;  // a view costs more than a small layer
   const auto position = [&](int64_t step) {
-    return layout.packed() ? std::min(layout.first_row[step], t.size(0) + layout.first_row[origin])
-                           : step;
+    return layout.packed() ? layout.first_row[step] : step;
   };
   return t.narrow(0, position(range.begin) - position(origin),
                   position(range.end) - position(range.begin));

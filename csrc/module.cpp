@@ -20,8 +20,8 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/layer_cpu.h"
 #include "cpu/plan.h"
+#include "cpu/tensors.h"
 #include "cuda/plan.h"
 #include "rnn.h"
 #ifdef FASTRNN_CUDA
@@ -126,45 +126,39 @@ py::dict build_info() {
   return info;
 }
 
+const char* name_of(fastrnn::cpu::Maker maker) {
+  constexpr const char* kNames[] = {"in_step", "panels", "as_is", "aten"};
+  return kNames[static_cast<int>(maker)];
+}
+
+const char* name_of(fastrnn::cpu::Sharing sharing) {
+  constexpr const char* kNames[] = {"by_rows", "by_slabs", "beside"};
+  return kNames[static_cast<int>(sharing)];
+}
+
 py::dict cpu_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t directions,
-                  at::ScalarType dtype, bool hx, int64_t num_layers, std::optional<int64_t> rows) {
-  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H > 0 && directions > 0 && num_layers > 0,
-                    "cpu_plan: T, H, directions and num_layers must be positive, B and I not "
-                    "negative");
+                  at::ScalarType dtype, std::optional<int64_t> rows) {
+  TORCH_CHECK_VALUE(T > 0 && B >= 0 && I >= 0 && H > 0 && directions > 0,
+                    "cpu_plan: T, H and directions must be positive, B and I not negative");
   TORCH_CHECK_VALUE(!rows.has_value() || (*rows >= B && *rows <= T * B),
                     "cpu_plan: rows must be from B to T * B");
   TORCH_CHECK_VALUE(fastrnn::is_fused_dtype(dtype), "cpu_plan: no kernels for ", dtype);
-  fastrnn::cpu::LayerShape shape{T, B, I, H, directions};
-  shape.total_rows = rows.value_or(T * B);
-  shape.state_rows = shape.total_rows - (hx ? 0 : B);
-  shape.packed = rows.has_value();
+  fastrnn::cpu::LayerShape shape{T, B, I, H, directions, rows.value_or(T * B), rows.has_value()};
   fastrnn::cpu::set_type(shape, dtype);
   const fastrnn::cpu::Plan plan = fastrnn::cpu::plan_layer(shape, at::get_num_threads());
-  const fastrnn::cpu::StackPlan stack =
-      fastrnn::cpu::plan_stack(shape, num_layers, at::get_num_threads());
   py::dict result;
-  result["fuse_input"] = plan.fuse_input;
-  result["own_input_product"] = plan.own_input_product;
-  result["own_products"] = plan.own_products;
-  result["step_products"] = plan.step_products;
-  result["backward_step_products"] = plan.backward_step_products;
-  result["pack_weights"] = plan.pack_weights;
-  result["backward_packs"] = plan.backward_packs;
-  result["pack_input_weights"] = plan.pack_input_weights;
-  result["own_gradients"] = plan.own_gradients;
-  result["own_input_gradient"] = plan.own_input_gradient;
-  result["parallel"] = plan.parallel;
-  result["row_blocks"] = plan.row_blocks;
-  result["batch_parts"] = plan.batch_parts;
-  result["column_blocks"] = plan.column_blocks;
-  result["backward_steps"] = plan.backward_steps;
-  result["gradient_steps"] = plan.gradient_steps;
+  result["input"] = name_of(plan.input);
+  result["state"] = name_of(plan.state);
+  result["delta"] = name_of(plan.delta);
+  result["weight_grads"] = name_of(plan.weight_grads);
+  result["input_grad"] = name_of(plan.input_grad);
   result["converts"] = plan.converts;
+  result["sharing"] = name_of(plan.sharing);
+  result["threads"] = plan.threads;
+  result["row_blocks"] = plan.row_blocks;
+  result["column_blocks"] = plan.column_blocks;
+  result["chunk_steps"] = plan.chunk_steps;
   result["convert_steps"] = plan.convert_steps;
-  result["layer_threads"] = stack.threads;
-  result["first_steps"] = stack.first_steps;
-  result["layer_steps"] = stack.steps;
-  result["multiplies_first"] = stack.multiplies_first;
   return result;
 }
 
@@ -216,9 +210,9 @@ PYBIND11_MODULE(_C, m) {
       "The kernels in use: 'default', 'avx2' or 'avx512' (see ATEN_CPU_CAPABILITY).");
   m.def("cpu_plan", torch::wrap_pybind_function(cpu_plan), py::arg("T"), py::arg("B"), py::arg("I"),
         py::arg("H"), py::arg("directions") = 1, py::arg("dtype") = at::kFloat,
-        py::arg("hx") = false, py::arg("num_layers") = 1, py::arg("rows") = py::none(),
-        "How a layer of this shape, or a stack that begins with it, runs on the CPU with the "
-        "current number of threads. rows: of packed data, whose longest sequence has T steps.");
+        py::arg("rows") = py::none(),
+        "How a layer of this shape runs on the CPU with the current number of threads. rows: of "
+        "packed data, whose longest sequence has T steps.");
   m.def("cuda_plan", torch::wrap_pybind_function(cuda_plan), py::arg("T"), py::arg("B"),
         py::arg("I"), py::arg("H"), py::arg("directions") = 1, py::arg("element_size") = 4,
         py::kw_only(), py::arg("major") = py::none(), py::arg("multiprocessors") = py::none(),

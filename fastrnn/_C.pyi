@@ -29,8 +29,6 @@ def cpu_plan(
     H: int,
     directions: int = 1,
     dtype: torch.dtype = ...,
-    hx: bool = False,
-    num_layers: int = 1,
     rows: int | None = None,
 ) -> dict[str, Any]: ...
 def cuda_plan(

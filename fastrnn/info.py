@@ -141,12 +141,12 @@ def _gpus() -> list[str]:
 
 
 def _cpu_plan() -> dict[str, str]:
-    """How layers of SHAPES run: what the plan says yes to, and the parts of the batch."""
+    """How layers of SHAPES run: who makes each product, and how threads share the work."""
+    names = ("input", "state", "delta", "sharing", "threads", "row_blocks", "column_blocks")
     plans = {}
     for shape in SHAPES:
         plan = _extension.C.cpu_plan(*shape)
-        taken = [name.replace("_", " ") for name, value in plan.items() if value is True]
-        plans[str(shape)] = " + ".join([*taken, f"row blocks {plan['row_blocks']}"])
+        plans[str(shape)] = ", ".join(f"{name} {plan[name]}".replace("_", " ") for name in names)
     return plans
 
 

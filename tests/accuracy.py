@@ -44,7 +44,7 @@ def layer_plans(case, dtype=torch.float32):
     packed = (len(case.lengths), sum(case.lengths)) if case.lengths else None
     B, rows = packed or (case.B, None)
     return [
-        _C.cpu_plan(steps_of(case), B, I, case.H, D, dtype, case.hx, case.num_layers, rows)
+        _C.cpu_plan(steps_of(case), B, I, case.H, D, dtype, rows)
         for I in [case.I] + [case.H * D] * (case.num_layers - 1)
     ]
 

@@ -5,30 +5,26 @@
 
 #include <unistd.h>
 
+#include <atomic>
+
 extern "C" {
 
-/// Nanoseconds that the account holds from now on.
-void set_saved(int64_t ns) {
-  fastrnn::saved = ns;
-  fastrnn::counted_at = fastrnn::now();
+/// Nanoseconds that may be lost by waiting from now on.
+void set_credit(int64_t ns) {
+  fastrnn::pool.credit = ns;
+  fastrnn::pool.counted_at = fastrnn::now();
 }
 
-/// Threads took so long to wake up, so many seconds ago.
-void set_wake_time(int64_t ns, int64_t seconds) {
-  fastrnn::rest.wake_time = ns;
-  fastrnn::rest.woken_at = fastrnn::now() - seconds * 1'000'000'000;
-}
-
-/// As if nobody had done anything for some milliseconds.
-void rest() {
-  fastrnn::rest.last_region = fastrnn::rest.last_share = fastrnn::now() - 2 * fastrnn::kAwake;
+/// As if nobody had done anything for some milliseconds; the next call takes so long.
+void rest(int64_t expected) {
+  const int64_t before = fastrnn::now() - 2 * fastrnn::Pool::kAwake;
+  fastrnn::pool.last_region = fastrnn::pool.last_share = before;
+  fastrnn::pool.expected = expected;
 }
 
 /// Two turns, the second of which sleeps if it has a thread of its own, and the caller if it runs
-/// both; the first waits for the second if it `needs` it. In a call of so many multiply-adds.
-/// Returns how many threads there were.
-int64_t run_region(int64_t milliseconds, bool needs, bool parallel, int64_t multiply_adds) {
-  const fastrnn::Call call(multiply_adds);
+/// both; the first waits for the second if it `needs` it. Returns how many threads there were.
+int64_t run_region(int64_t milliseconds, bool needs, bool parallel) {
   std::atomic<int64_t> threads = 0;
   std::atomic<bool> done = false;
   const auto run = [&](int64_t begin, int64_t end) {

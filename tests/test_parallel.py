@@ -12,7 +12,7 @@ from accuracy import threads
 
 pytestmark = pytest.mark.skipif(not cuda_host.available(), reason="needs Linux and g++")
 
-MOST = 20_000_000  # nanoseconds that the account holds at most
+MOST = 20_000_000  # nanoseconds that may be lost by waiting, at most
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def library():
     compiled = cuda_host.compile_source(source, ("-fopenmp", *flags))
     path = cuda_host.make(".so", ["-shared", compiled, *link, "-fopenmp"], [compiled])
     library = ctypes.CDLL(str(path))
-    library.set_saved.argtypes = [ctypes.c_int64]
-    library.set_wake_time.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.run_region.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_bool, ctypes.c_int64]
+    library.set_credit.argtypes = [ctypes.c_int64]
+    library.rest.argtypes = [ctypes.c_int64]
+    library.run_region.argtypes = [ctypes.c_int64, ctypes.c_bool, ctypes.c_bool]
     return library
 
 
@@ -32,10 +32,10 @@ def library():
 def region(library):
     """Runs a region for two threads, the second late; returns how many it had."""
     with threads(2):
-        library.set_saved(MOST)
-        library.set_wake_time(0, 0)
-        yield lambda milliseconds=0, needs=False, parallel=True, work=0: library.run_region(
-            milliseconds, needs, parallel, work
+        library.rest(1_000_000_000)
+        library.set_credit(MOST)
+        yield lambda milliseconds=0, needs=False, parallel=True: library.run_region(
+            milliseconds, needs, parallel
         )
 
 
@@ -47,81 +47,44 @@ def test_a_region_has_two_threads_unless_its_caller_wants_one(region):
 
 
 @pytest.mark.parametrize("needs", [False, True], ids=["at the end", "inside its turn"])
-def test_after_a_long_wait_the_caller_goes_on_alone(library, region, needs):
-    for _ in range(2):  # a wait is measured by one clock, and after a long one by two
-        library.set_saved(MOST)
-        assert region(100, needs) == 2
-        assert region() == 1
+def test_after_a_long_wait_the_caller_goes_on_alone(region, needs):
+    assert region(100, needs) == 2
+    assert region() == 1
 
 
 @pytest.mark.parametrize("needs", [False, True], ids=["at the end", "inside its turn"])
 def test_a_short_wait_changes_nothing(library, region, needs):
     for _ in range(50):
-        library.set_saved(MOST)
-        library.set_wake_time(0, 0)
+        library.set_credit(MOST)
         begin = time.perf_counter()
         assert region(2, needs) == 2
-        if time.perf_counter() - begin < 0.01:  # half of what the account holds
-            library.set_wake_time(0, 0)
+        if time.perf_counter() - begin < 0.01:  # half of the credit
             assert region() == 2
             return
     pytest.skip("this machine is too busy for a short wait")
 
 
-def test_time_fills_the_account(library, region):
-    library.set_saved(-100_000_000)
+def test_credit_comes_back_with_time(library, region):
+    library.set_credit(-10_000_000)
     assert region() == 1
-    time.sleep(0.85)
+    time.sleep(0.1)
     assert region() == 2
 
 
-@pytest.fixture
-def rest(library):
-    """Makes a rest, since which threads wake up slowly, as they did some seconds ago."""
-
-    def rest(seconds=0, wake_time=1_000_000):
-        library.set_wake_time(wake_time, seconds)
-        library.rest()
-
-    return rest
-
-
-def test_after_a_rest_threads_that_wake_up_slowly_are_not_woken(region, rest):
-    rest(wake_time=1_000_000_000)  # longer than a busy machine keeps the caller from its core
+def test_after_a_rest_threads_are_not_woken_for_a_small_call(library, region):
+    library.rest(10_000)
     assert region() == region() == 1
 
 
-def test_they_are_woken_once_the_caller_has_been_busy_for_some_time(region, rest):
-    def threads_of_two_calls():
-        rest()
-        return region(5), region()
-
-    # On a busy machine the caller may lose its core between the two, which is another rest.
-    assert (1, 2) in (threads_of_two_calls() for _ in range(20))
-    rest()
-    assert region() == 1
-
-
-def test_they_are_woken_for_a_call_that_takes_longer(region, rest):
-    rest()
-    assert region(work=1_000_000) == 1
-    assert region(work=1_000_000_000) == 2
-
-
-def test_they_are_woken_after_some_seconds_since_they_may_be_faster_by_then(region, rest):
-    rest(seconds=30)
+def test_after_a_rest_threads_are_woken_for_a_large_call(library, region):
+    library.rest(10_000_000)
     assert region() == 2
 
 
-def test_how_long_they_take_is_measured_after_a_rest(library, region):
+def test_they_are_woken_once_the_caller_has_been_busy_for_a_while(library, region):
     def threads_of_two_calls():
-        library.set_wake_time(0, 0)
-        library.set_saved(MOST)
-        library.rest()
-        late = region(50)
-        library.set_saved(MOST)
-        return late, region()
+        library.rest(0)
+        return region(2), region()
 
-    assert (2, 2) in (threads_of_two_calls() for _ in range(20))  # see above
-    library.rest()
-    assert region() == 1
+    # On a busy machine the caller may lose its core between the two, which is another rest.
+    assert (1, 2) in (threads_of_two_calls() for _ in range(20))

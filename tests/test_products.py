@@ -32,27 +32,25 @@ CASES = [
 
 
 @by_our_kernels
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(1, torch.float64), (2, torch.float32), (8, torch.float32)]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     with threads(count):
-        assert all(
-            plan["own_products"] and plan["own_gradients"] for plan in layer_plans(case, dtype)
-        )
+        assert all(plan["weight_grads"] == "panels" for plan in layer_plans(case, dtype))
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-# Where they are converted: gradients in float32 where there are many rows, else by blocks, of
-# several rows and columns; input in the step whatever its size, but for one sequence.
+# Where they are converted: gradients in float32, input in the step whatever its size.
 CONVERTED = [
     Case(80, 41, 300, 290, hx=True),
     Case(30, 19, 20, 300, batch_first=True, num_layers=2),
     Case(33, 35, 17, 170, bidirectional=True, hx=True),
     Case(140, 1, 200, 150, hx=True),
-    Case(50, 32, 20, 300, num_layers=2),  # the lower layer in float32, the upper one by blocks
-    Case(40, 30, 600, 130, num_layers=2),  # the other way round
+    Case(50, 32, 20, 300, num_layers=2),
+    Case(40, 30, 600, 130, num_layers=2),
     Case(0, 0, 150, 140, lengths=(*range(5, 66, 2), *[47] * 40), bidirectional=True),
 ]
 
@@ -66,10 +64,11 @@ def test_large_layers_of_sixteen_bits_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-def test_converted_layers_have_gradients_in_float32_beside_many_rows():
-    many, few = (layer_plans(case, torch.float16)[0] for case in CONVERTED[:2])
-    assert many["own_gradients"] and not few["own_gradients"]
-    assert many["fuse_input"] and few["fuse_input"]
+def test_converted_layers_have_their_gradients_and_products_from_the_kernels():
+    for case in CONVERTED:
+        for plan in layer_plans(case, torch.float16):
+            assert plan["weight_grads"] == plan["input_grad"] == "panels"
+            assert plan["input"] == "in_step" and plan["state"] == "panels"
 
 
 # Not fused into the step: the input has a product of its own, batch-first input by sequences or by
@@ -90,7 +89,7 @@ INPUTS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_inputs_product_is_right(case, dtype, count):
     plan = layer_plans(case, torch.float32)[0]
-    assert plan["own_products"] and not plan["fuse_input"] and not plan["own_input_product"]
+    assert plan["input"] == "panels"
     with threads(count):
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
@@ -98,8 +97,27 @@ def test_the_inputs_product_is_right(case, dtype, count):
 
 @by_our_kernels
 def test_products_of_few_rows_and_gradients_of_sixteen_bits_are_left_to_aten():
-    few = _C.cpu_plan(10, 6, 300, 300, 1, torch.float32)
-    assert few["own_gradients"] and not few["own_products"] and not few["own_input_gradient"]
-    assert not _C.cpu_plan(100, 50, 300, 300, 1, torch.float16)["own_products"]
-    bfloat16 = _C.cpu_plan(100, 50, 300, 300, 1, torch.bfloat16)
-    assert bfloat16["own_gradients"] == bfloat16["converts"]
+    few = _C.cpu_plan(10, 6, 300, 600, 1, torch.float32)
+    assert few["weight_grads"] == "panels" and few["input"] == few["input_grad"] == "aten"
+    bfloat16 = _C.cpu_plan(40, 50, 300, 300, 1, torch.bfloat16)
+    assert (bfloat16["weight_grads"] == "panels") == bfloat16["converts"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("H", [512, 523, 528])
+def test_gradients_of_layers_that_read_a_large_weight_as_it_is_are_right(H, dtype):
+    """In place, in what the layer above has written; columns in whole panels and not."""
+    case = Case(19, 40, 6, H, num_layers=2)
+    plan = _C.cpu_plan(19, 40, H, H, dtype=dtype)
+    assert (plan["state"], plan["delta"]) in [("panels", "as_is"), ("aten", "aten")]
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_packed_sequences_read_a_large_weight_as_it_is(dtype):
+    """Also in the steps that only one or two of them have."""
+    case = Case(0, 0, 6, 523, hx=True, lengths=tuple(range(60, 30, -2)))
+    assert layer_plans(case, dtype)[0]["delta"] == "as_is"
+    ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
+    assert_as_accurate_as_nn_rnn(ours, case, dtype)

@@ -3,7 +3,7 @@
 // Which capability's kernels run in this process.
 #pragma once
 
-#include "recurrence.h"
+#include "kernels/recurrence.h"
 
 namespace fastrnn::cpu {
 

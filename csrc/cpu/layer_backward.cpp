@@ -1,191 +1,179 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Backward of layers: the order in which directions and layers walk through their chunks.
-#include "batch_parts.h"
-#include "direction_backward.h"
-#include "pipeline.h"
+// Backward of layers: the order of their chunks, and who makes what of a chunk. Layers in one
+// direction take turns at each chunk, the upper one first: its gradient of that chunk is then the
+// lower one's workspace.
+#include "beside.h"
+#include "delta_walk.h"
+#include "engine.h"
+#include "gradients.h"
 
 namespace fastrnn::cpu {
 
 namespace {
 
-/// delta of one chunk of each of `walks`.
+/// One layer: its plan, its directions, and the gradients wanted of it.
 template <typename T>
-void run_recurrence(const Layout& layout, const Plan& plan, DirectionBackward<T>* walks,
-                    const std::vector<Chunk>& chunks) {
-  const size_t count = chunks.size();
-  if (plan.backward_step_products) {
-    for (size_t d = 0; d < count; ++d) {
-      walks[d].run_by_steps(chunks[d]);
-      walks[d].keep_states(chunks[d]);
-    }
-    return;
-  }
-  for (size_t d = 0; d < count; ++d) walks[d].pack();
-  if (plan.converts && !plan.own_gradients) {  // chunks of 16 bits, converted a few steps at a time
-    walks[0].run_converted(chunks[0]);
-  } else {
+struct LayerBackward {
+  const Layout& layout;
+  const Plan plan;
+  std::vector<DeltaWalk<T>> walks = {};
+  std::vector<WeightGradients<T>> gradients = {};
+
+  /// Each thread walks through rows of its own, and makes the gradients of them while they are in
+  /// its caches. targets: as for `run`; the input's gradient is made here if only one direction
+  /// adds to it.
+  void run_by_rows(const std::vector<Chunk>& chunks, std::vector<Tensor>& targets) {
+    std::vector<DeltaWeights<T>> weights;
     std::vector<BackwardArgs<T>> args;
-    for (size_t d = 0; d < count; ++d) args.push_back(walks[d].recurrence_args(chunks[d]));
-    run_parts(layout, plan, args, kernels<T>().backward);
-    for (size_t d = 0; d < count; ++d) walks[d].keep_states(chunks[d]);
+    const int64_t D = static_cast<int64_t>(walks.size());
+    weights.reserve(D);
+    for (int64_t d = 0; d < D; ++d) {
+      args.push_back(weights.emplace_back(walks[d]).add_to(walks[d].args(chunks[d])));
+      gradients[d].make_workspace(chunks[d], plan.row_blocks, chunks[d].delta.numel());
+    }
+    Panels<T> w_ih;
+    Sequence<T> grad_x;
+    if (D == 1 && targets[0].defined() && targets[0].scalar_type() == kScalarType<T>) {
+      w_ih = {walks[0].cell().w_ih, /*transposed=*/false};
+      grad_x = sequence_of<T>(layout, targets[0], chunks[0].range.begin, 0);
+    }
+    run_walks(layout, plan, args, kernels<T>().backward, [&](int64_t d, int64_t block, Range rows) {
+      gradients[d].add_rows(chunks[d], block, rows, block);
+      if (grad_x.data == nullptr) return;
+      const Sequence<T>& delta = args[0].delta;
+      multiply_steps(layout, chunks[0].range, rows,
+                     {delta.data, delta.step_stride, delta.row_stride, delta.first_row},
+                     w_ih.product(), grad_x, /*parallel=*/false);
+    });
+    if (grad_x.data != nullptr) targets[0] = Tensor();
   }
-  for (size_t d = 0; d < count; ++d) walks[d].unpack();
-}
 
-/// All of backward for a chunk of the layers from `lowest` on, as a pipeline of parts: a layer's
-/// walk, its input's gradient, through which the layer below walks, and its weights' gradients, in
-/// slabs. grad_input: of the lowest layer; undefined if it is not made here.
-template <typename T>
-void run_side_by_side(const Layout& layout, std::vector<DirectionBackward<T>>& walks,
-                      int64_t lowest, const std::vector<Chunk>& chunks, int64_t steps,
-                      const Tensor& grad_input) {
-  enum Task { kWalk, kInputGradient, kWeightGradients };  // and slabs from there on
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  const int64_t threads = std::min(available_threads(), count * (layout.B + 1));
-  std::vector<typename DirectionBackward<T>::OuterProducts> products(count);
-  std::vector<Stage> stages;
-  int64_t above = -1;
-  for (int64_t l = count - 1; l >= 0; --l) {
-    DirectionBackward<T>& walk = walks[lowest + l];
-    const auto [I, H] = walk.sizes();
-    const int64_t vectors = kernels<T>().padded_columns(H) / kernels<T>().padded_columns(1);
-    const int64_t slabs = std::min(at::divup(2 * threads, count), vectors);
-    products[l] = walk.outer_products(chunks[l], slabs, steps * layout.B);
-    const int64_t after = static_cast<int64_t>(stages.size());
-    stages.push_back({l, kWalk, 2 * H, above});
-    above = after + 1;
-    if (l > 0 || grad_input.defined()) stages.push_back({l, kInputGradient, I, after});
-    for (int64_t slab = 0; slab < slabs; ++slab)
-      stages.push_back({l, kWeightGradients + slab, at::divup(I + H, slabs), after});
+  /// All threads walk, then all make the gradients, of a slab of columns each.
+  void run_by_slabs(const std::vector<Chunk>& chunks) {
+    const int64_t D = static_cast<int64_t>(walks.size());
+    if (plan.delta == Maker::kAten) {
+      for (int64_t d = 0; d < D; ++d) walk_by_steps(walks[d], chunks[d]);
+    } else {
+      std::vector<DeltaWeights<T>> weights;
+      std::vector<BackwardArgs<T>> args;
+      for (int64_t d = 0; d < D; ++d)
+        args.push_back(weights.emplace_back(walks[d]).add_to(walks[d].args(chunks[d])));
+      run_walks(layout, plan, args, kernels<T>().backward);
+    }
+    for (int64_t d = 0; d < D; ++d) gradients[d].add_slabs(chunks[d]);
   }
-  divide(stages, threads);
-  std::vector<Panels<T>> w_ih(count);
-  const auto prepare = [&](const Stage& stage) {
-    if (stage.task == kWalk) walks[lowest + stage.layer].pack();
-    if (stage.task == kInputGradient)
-      w_ih[stage.layer] = walks[lowest + stage.layer].input_panels();
-  };
-  const Range range = chunks[0].range;
-  const auto range_of = [&](int64_t part) {
-    return part_of(range, steps, part, /*descending=*/true);
-  };
-  const auto run = [&](const Stage& stage, int64_t part) {
-    const int64_t l = stage.layer;
-    const Chunk& c = chunks[l];
-    const DirectionBackward<T>& walk = walks[lowest + l];
-    if (stage.task == kWalk) return walk.walk_part(c, range_of(part));
-    if (stage.task >= kWeightGradients)
-      return products[l].add(stage.task - kWeightGradients, range_of(part),
-                             walk.rows_before(range_of(part)), part == 0);
-    multiply_steps(layout, range_of(part), walk.template delta_of<const T>(c), w_ih[l].product(),
-                   l > 0 ? walks[lowest + l - 1].template delta_of<T>(chunks[l - 1])
-                         : sequence_of<T>(layout, grad_input, range.begin, 0),
-                   /*parallel=*/false);
-  };
-  run_pipeline(stages, parts_in(range, steps), threads, prepare, run);
-  for (int64_t l = 0; l < count; ++l) {
-    walks[lowest + l].keep_states(chunks[l]);
-    walks[lowest + l].unpack();
-  }
-}
 
-/// Layers of one direction: each runs a chunk when the layer above has, whose gradient of that
-/// chunk is then its workspace, or all of them side by side. T: the type computed in.
+  /// The one walk by one thread, the gradients of the steps behind it by the others.
+  void run_beside(const Chunk& c, Tensor& target) {
+    const DeltaWeights<T> weights(walks[0]);
+    const BackwardArgs<T> all = weights.add_to(walks[0].args(c));
+    std::vector<Range> parts = growing_parts(c.range.end - c.range.begin, layout.B);
+    for (Range& part : parts) part = {part.begin + c.range.begin, part.end + c.range.begin};
+    if (!walks[0].reverse()) std::reverse(parts.begin(), parts.end());
+    const auto walk = [&](int64_t i) {
+      BackwardArgs<T> a = all;
+      a.row_end = layout.B;
+      a.steps.begin = parts[i].begin;
+      a.steps.end = parts[i].end;
+      if (i > 0) {
+        a.steps.carry_rows = layout.rows(parts[i].end);
+        a.carry = {a.delta.row(parts[i].end, 0), a.delta.row_stride};
+      }
+      kernels<T>().backward(a);
+    };
+    const bool with_input = target.defined() && plan.input_grad == Maker::kPanels;
+    const int64_t slabs = gradients[0].are_wanted() ? 2 * plan.threads : 0;
+    Panels<T> w_ih;
+    Sequence<T> grad_x;
+    if (with_input) {
+      w_ih = {walks[0].cell().w_ih, /*transposed=*/false};
+      grad_x = sequence_of<T>(layout, target, c.range.begin, 0);
+    }
+    if (slabs > 0) gradients[0].make_workspace(c, slabs, c.delta.numel());
+    const auto product = [&](int64_t chain, int64_t i) {
+      if (chain < slabs)
+        return gradients[0].add(c, parts[i], {0, layout.B}, 0, chain, slabs, chain,
+                                gradients[0].is_empty() && i == 0);
+      multiply_steps(
+          layout, parts[i], {0, layout.B},
+          {all.delta.data, all.delta.step_stride, all.delta.row_stride, all.delta.first_row},
+          w_ih.product(), grad_x, /*parallel=*/false);
+    };
+    walk_beside(static_cast<int64_t>(parts.size()), slabs + with_input, /*products_first=*/false,
+                walk, product);
+    if (slabs > 0) gradients[0].set_added();
+    if (with_input) target = Tensor();
+  }
+
+  /// A chunk of every direction. targets: of each, the chunk of the input's gradient, added to
+  /// where there are two; undefined where not wanted.
+  void run(const std::vector<Chunk>& chunks, std::vector<Tensor> targets) {
+    if (plan.sharing == Sharing::kByRows)
+      run_by_rows(chunks, targets);
+    else if (plan.sharing == Sharing::kBeside)
+      run_beside(chunks[0], targets[0]);
+    else
+      run_by_slabs(chunks);
+    for (size_t d = 0; d < walks.size(); ++d) {
+      walks[d].keep_states(chunks[d]);
+      if (targets[d].defined())
+        add_input_gradient(walks[d], chunks[d], targets[d], /*accumulate=*/walks.size() > 1);
+    }
+  }
+};
+
+/// T: the type computed in.
 template <typename T>
-std::vector<Cell> stack_backward(const BackwardPass& pass, std::vector<Plan> plans) {
+std::vector<Cell> backward_as(const BackwardPass& pass) {
   const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
-  const int64_t count = static_cast<int64_t>(layers.size());
-  int64_t steps = layout.T, part_steps = layout.T;
-  for (const Plan& plan : plans) {
-    steps = std::min(steps, plan.backward_steps);
-    part_steps = std::min(part_steps, plan.gradient_steps);
-  }
-  std::vector<DirectionBackward<T>> walks;
-  walks.reserve(count);
-  bool together = true;
+  const int64_t count = static_cast<int64_t>(layers.size()), D = layers[0].directions();
+  std::vector<LayerBackward<T>> parts;
+  parts.reserve(count);
+  int64_t steps = layout.T;
   for (int64_t l = 0; l < count; ++l) {
-    plans[l].backward_steps = steps;
-    walks.emplace_back(layout, plans[l], layers[l], 0,
-                       grad_h_n.defined() ? grad_h_n.narrow(0, l, 1) : Tensor(), wanted[l]);
-    together =
-        together && walks[l].makes_gradients_beside() && (l == 0 || plans[l].own_input_gradient);
+    parts.push_back({layout, plan_layer(layer_shape(layout, layers[l]), available_threads())});
+    LayerBackward<T>& part = parts.back();
+    steps = std::min(steps, part.plan.chunk_steps);
+    for (int64_t d = 0; d < D; ++d) {
+      const Tensor grad =
+          grad_h_n.defined() ? readable(grad_h_n[l * D + d], kScalarType<T>) : Tensor();
+      const Tensor first = wanted[l].hx.defined()
+                               ? at::empty({layout.B, layers[l].hidden_size()},
+                                           layers[l].input.options().dtype(kScalarType<T>))
+                               : Tensor();
+      part.walks.push_back({layout, layers[l], part.plan, d, grad, first});
+      part.gradients.emplace_back(part.walks.back(), wanted[l].cells[d]);
+    }
   }
-  const int64_t group = together ? count : 1;  // layers at a time
   for (int64_t i = 0; i < parts_in({0, layout.T}, steps); ++i) {
-    Tensor grad_y;  // of the chunk, from the layers above
-    for (int64_t lowest = count - group; lowest >= 0; lowest -= group) {
-      std::vector<Chunk> chunks(group);
-      for (int64_t l = group - 1; l >= 0; --l) {
-        const Plan& plan = plans[lowest + l];
-        Chunk& c = chunks[l] = walks[lowest + l].chunk(i, outputs[lowest + l]);
-        if (l < group - 1) grad_y = walks[lowest + l].make_delta(c.range);
-        if (grad_y.defined()) {
-          c.grad_y = grad_y;
-          c.from_above = true;
-          if (!plan.backward_step_products) c.delta = grad_y;
-        } else if (grad_output.defined()) {
-          c.grad_y = walks[lowest + l].columns(grad_output, c.range);
-        }
-        if (!c.delta.defined()) c.delta = walks[lowest + l].make_delta(c.range);
+    Tensor from_above;
+    for (int64_t l = count - 1; l >= 0; --l) {
+      std::vector<Chunk> chunks;
+      std::vector<Tensor> targets;
+      for (int64_t d = 0; d < D; ++d) {
+        const DeltaWalk<T>& walk = parts[l].walks[d];
+        Chunk& c = chunks.emplace_back(walk.chunk(steps, i, outputs[l]));
+        c.x = parts[l].gradients[d].input_of(c.range);
+        c.grad_y = from_above;
+        if (l == count - 1 && grad_output.defined()) c.grad_y = walk.columns(grad_output, c.range);
+        const bool in_place = from_above.defined() && parts[l].plan.delta != Maker::kAten;
+        c.delta = in_place ? from_above : walk.make_delta(c.range);
+        targets.push_back(l > 0 ? parts[l - 1].walks[0].make_delta(c.range)
+                          : wanted[0].input.defined()
+                              ? narrow_steps(layout, wanted[0].input, c.range)
+                              : Tensor());
       }
-      const Chunk& c = chunks[0];
-      DirectionBackward<T>& walk = walks[lowest];
-      grad_y = Tensor();
-      if (lowest > 0)
-        grad_y = walks[lowest - 1].make_delta(c.range);
-      else if (wanted[0].input.defined())
-        grad_y = narrow_steps(layout, wanted[0].input, c.range);
-      if (walk.makes_gradients_beside()) {
-        const bool with_input = plans[lowest].own_input_gradient;
-        run_side_by_side(layout, walks, lowest, chunks, part_steps, with_input ? grad_y : Tensor());
-        if (with_input) continue;
-      } else {
-        run_recurrence(layout, plans[lowest], &walk, chunks);
-        walk.add_weight_gradients(c);
-      }
-      if (grad_y.defined()) walk.add_input_gradient(c, grad_y, /*accumulate=*/false);
+      parts[l].run(chunks, targets);
+      from_above = targets[0];
     }
   }
   std::vector<Cell> results;
-  for (int64_t l = 0; l < count; ++l)
-    results.push_back(walks[l].finish(wanted[l].hx.defined() ? wanted[l].hx[0] : Tensor()));
-  return results;
-}
-
-/// Both directions of a layer.
-template <typename T>
-std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::vector<Plan>& plans) {
-  const Layout& layout = pass.layout;
-  const Layer& layer = pass.layers[0];
-  const Tensor &output = pass.outputs[0], &grad_output = pass.grad_output;
-  const WantedGradients& wanted = pass.wanted[0];
-  const Plan& plan = plans[0];
-  std::vector<Cell> results;
-  // They walk at the same time, or one after the other.
-  const int64_t together = plan.converts ? 1 : 2;
-  for (int64_t begin = 0; begin < 2; begin += together) {
-    std::vector<DirectionBackward<T>> walks;
-    walks.reserve(together);
-    for (int64_t d = begin; d < begin + together; ++d)
-      walks.emplace_back(layout, plan, layer, d, pass.grad_h_n, wanted);
-    for (int64_t i = 0; i < parts_in({0, layout.T}, plan.backward_steps); ++i) {
-      std::vector<Chunk> chunks;
-      for (const auto& walk : walks) {
-        Chunk& c = chunks.emplace_back(walk.chunk(i, output));
-        if (grad_output.defined()) c.grad_y = walk.columns(grad_output, c.range);
-        c.delta = walk.make_delta(c.range);
-      }
-      run_recurrence(layout, plan, walks.data(), chunks);
-      for (int64_t d = 0; d < together; ++d) {
-        walks[d].add_weight_gradients(chunks[d]);
-        if (!wanted.input.defined()) continue;
-        walks[d].add_input_gradient(chunks[d], narrow_steps(layout, wanted.input, chunks[d].range),
-                                    /*accumulate=*/true);
-      }
+  for (int64_t l = 0; l < count; ++l) {
+    for (int64_t d = 0; d < D; ++d) {
+      if (wanted[l].hx.defined()) make_state_gradient(parts[l].walks[d], wanted[l].hx[d]);
+      results.push_back(parts[l].gradients[d].finish());
     }
-    for (int64_t d = 0; d < together; ++d)
-      results.push_back(walks[d].finish(wanted.hx.defined() ? wanted.hx[begin + d] : Tensor()));
   }
   return results;
 }
@@ -193,15 +181,11 @@ std::vector<Cell> bidirectional_backward(const BackwardPass& pass, const std::ve
 }  // namespace
 
 std::vector<Cell> layers_backward(const BackwardPass& pass) {
-  const bool bidirectional = pass.layers[0].directions() == 2;
   // Directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
-  if (const Tensor& sum = pass.wanted[0].input; bidirectional && sum.defined())
+  if (const Tensor& sum = pass.wanted[0].input; pass.layers[0].directions() == 2 && sum.defined())
     run_in_parts(sum, sum, [](const Tensor& t, const Tensor&) { t.zero_(); });
-  return with_kernel_type(pass.outputs[0].scalar_type(), [&](auto number) {
-    using T = decltype(number);
-    return bidirectional ? run_by_parts<T>(pass, bidirectional_backward<T>)
-                         : run_by_parts<T>(pass, stack_backward<T>);
-  });
+  return with_kernel_type(pass.outputs[0].scalar_type(),
+                          [&](auto number) { return backward_as<decltype(number)>(pass); });
 }
 
 }  // namespace fastrnn::cpu

@@ -25,6 +25,7 @@
 #include "unpacked_step.inl"
 #include "team.inl"
 #include "walk.inl"
+#include "outer_product.inl"
 #include "weight_gradients.inl"
 // clang-format on
 

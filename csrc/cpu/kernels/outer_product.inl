@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Weight gradients by an outer product. Part of recurrence.inl.
+// The outer product of which weight gradients are made: sums over many rows of a column of one
+// matrix times a column of another. Part of recurrence.inl.
 
 namespace {
 
@@ -23,9 +24,6 @@ template <typename T>
 constexpr int64_t kPackedRows = kPacks<T> ? kOuterParts * kOuterRows<T> : 0;
 template <typename T>
 constexpr int64_t kPackedColumns = kPacks<T> ? kVectorColumns<T> + kScalarColumns<T> : 0;
-/// Rows in a part of the bias's gradient, all of whose terms may have one sign.
-constexpr int64_t kSumRows = 32;
-
 /// Columns [begin, end) of a matrix.
 struct Columns {
   int64_t begin, end;
@@ -319,86 +317,5 @@ class OuterProduct {
   int64_t count_ = 0, rows_ = 0;
   int64_t first_run_[kOuterParts + 1];  // of each part, and the end
 };
-
-/// sum[n] += sum_row delta[row][n] for the columns n, by parts of kSumRows rows. The parts are
-/// added with what each addition loses carried to the next (Kahan), since there may be thousands of
-/// them; infinite sums lose nothing.
-template <typename T>
-void sum_rows(int64_t rows, Matrix<const T> delta, Columns columns, Sum<T>* sum) {
-  for (int64_t n = columns.begin; n < columns.end; n += kLanes<T>) {
-    const int64_t tail = columns.end - n < kLanes<T> ? columns.end - n : 0;
-    Vec<T> total = tail != 0 ? load_tail<Sum<T>>(sum + n, tail) : load<Sum<T>>(sum + n), lost = {};
-    for (int64_t begin = 0; begin < rows; begin += kSumRows) {
-      const int64_t end = smaller(begin + kSumRows, rows);
-      Vec<T> part = {};
-      for (int64_t row = begin; row < end; ++row) {
-        const T* d = delta.data + row * delta.row_stride + n;
-        part += tail != 0 ? load_tail<T>(d, tail) : load<T>(d);
-      }
-      const Vec<T> term = part - lost, next = total + term, loss = (next - total) - term;
-      lost = loss - loss == 0 ? loss : Vec<T>{};
-      total = next;
-    }
-    if (tail != 0)
-      store_tail<Sum<T>>(sum + n, total, tail);
-    else
-      store<Sum<T>>(sum + n, total);
-  }
-}
-
-template <typename T>
-void weight_gradients(const WeightGradientArgs<T>& a) {
-  const auto product = [&](Sum<T>* out, int64_t K) {
-    // Parts of the rows: what threads write is then apart in memory. Of long rows, parts too.
-    int64_t across = smaller(K / kVectorColumns<T>, a.parts);
-    if (across < 1) across = 1;
-    while (a.parts % across != 0) --across;
-    // More threads than vectors in H.
-    while (a.parts / across > (a.H + kLanes<T> - 1) / kLanes<T> && 2 * across * kPanel<T> <= K &&
-           a.parts % (2 * across) == 0)
-      across *= 2;
-    return OuterProduct<T>(columns_of_part<T>(a.H, a.part / across, a.parts / across),
-                           columns_of_part<T>(K, a.part % across, across), out, K, a.overwrites,
-                           a.workspace, a.packed_rows);
-  };
-  const Steps& steps = a.steps;
-  const int64_t* first_row = a.delta.first_row;
-  int64_t rows = first_row ? first_row[steps.end] - first_row[steps.begin]
-                           : (steps.end - steps.begin) * steps.batch;
-  if (a.grad_b != nullptr)
-    sum_rows<T>(rows, rows_of(a.delta, steps.begin, 0), columns_of_part<T>(a.H, a.part, a.parts),
-                a.grad_b);
-
-  OuterProduct<T> of_input = product(a.grad_w_ih, a.I), of_state = product(a.grad_w_hh, a.H);
-  const auto add = [&](int64_t count, int64_t t, int64_t row, Matrix<const T> previous) {
-    const Matrix<const T> delta = rows_of(a.delta, t, row);
-    if (a.grad_w_ih != nullptr) of_input.add(count, delta, rows_of(a.x, t, row));
-    if (previous.data == nullptr) previous = from_row(a.hx, row);
-    if (a.grad_w_hh != nullptr && previous.data != nullptr) of_state.add(count, delta, previous);
-  };
-  const int64_t first = steps.descending ? steps.end - 1 : steps.begin;
-  const int64_t before = steps.descending ? 1 : -1;  // from a step to the one before it
-  const auto is_matrix = [&](const Sequence<const T>& s) {
-    return s.data == nullptr || s.step_stride == steps.batch * s.row_stride;
-  };
-  if (first_row == nullptr && is_matrix(a.x) && is_matrix(a.y)) {
-    int64_t t = steps.begin;
-    if (steps.carry_rows == 0) {
-      add(steps.batch, first, 0, {});
-      rows -= steps.batch;
-      if (!steps.descending) ++t;
-    }
-    if (rows > 0) add(rows, t, 0, rows_of(a.y, t + before, 0));
-  } else {
-    const Matrix<const T> carry =
-        steps.carry_rows == 0 ? Matrix<const T>{} : rows_of(a.y, first + before, 0);
-    walk<T>(steps, 0, steps.batch, carry, a.y,
-            [&](int64_t t, int64_t begin, int64_t end, Matrix<const T> previous) {
-              add(end - begin, t, begin, previous);
-            });
-  }
-  if (a.grad_w_ih != nullptr) of_input.finish();
-  if (a.grad_w_hh != nullptr) of_state.finish();
-}
 
 }  // namespace

@@ -3,16 +3,32 @@
 // Tensors as the kernels read and write them: of their types, with adjacent columns, by steps.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 
+#include "../layer.h"
 #include "../parallel.h"
-#include "layer_cpu.h"
-#include "recurrence.h"
+#include "dispatch.h"
+#include "plan.h"
+#include "products.h"
 
 namespace fastrnn::cpu {
+
+/// The type that a layer's kernels read and write, if its tensors are of type `given`.
+inline at::ScalarType kernel_type(at::ScalarType given) {
+  return given == at::kBFloat16 && has_bfloat16_kernels() ? given : compute_type(given);
+}
+
+/// What the plan has to know of the tensors' type.
+inline void set_type(LayerShape& shape, at::ScalarType given) {
+  const at::ScalarType type = kernel_type(given);
+  shape.element_size = static_cast<int64_t>(c10::elementSize(type));
+  shape.converts = type != given;
+  shape.aten_is_faster = &capability() == &default_capability() || has_tile_product(given);
+}
 
 /// The type of tensors that kernels for T read and write.
 template <typename T>
@@ -43,8 +59,9 @@ auto with_kernel_type(at::ScalarType given, const Run& run) {
   }
 }
 
-/// run(part of to, the same of from) for all parts of two tensors of one shape. ATen's operators on
-/// so many numbers would ask for all threads by themselves, however late they come.
+/// run(part of to, the same of from) for all parts of two tensors of one shape, which the threads
+/// share. ATen's operators on so many numbers would ask for all threads by themselves, however late
+/// they come.
 template <typename Run>
 void run_in_parts(const Tensor& to, const Tensor& from, const Run& run) {
   constexpr int64_t kNumbers = (1 << 15) - 1;  // that ATen leaves to one thread
@@ -55,21 +72,24 @@ void run_in_parts(const Tensor& to, const Tensor& from, const Run& run) {
     return;
   }
   const int64_t each = at::divup(count, at::divup(to.numel(), kNumbers));
-  run_with_operators(at::divup(count, each), [&](int64_t i) {
-    const int64_t begin = i * each, end = std::min(count, begin + each);
-    run(to.narrow(0, begin, end - begin), from.narrow(0, begin, end - begin));
+  share(at::divup(count, each), 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads have no state of the caller's
+    for (int64_t first = begin * each; first < std::min(count, end * each); first += each) {
+      const int64_t size = std::min(each, count - first);
+      run(to.narrow(0, first, size), from.narrow(0, first, size));
+    }
   });
 }
 
 /// to = from, of any types and strides.
-inline void copy(const Tensor& from, const Tensor& to) {
+inline void copy_into(const Tensor& from, const Tensor& to) {
   run_in_parts(to, from, [](const Tensor& t, const Tensor& f) { t.copy_(f); });
 }
 
 /// A new tensor of this type with the numbers of `t`.
 inline Tensor converted(const Tensor& t, at::ScalarType type) {
   const Tensor result = at::empty_like(t, t.options().dtype(type));
-  copy(t, result);
+  copy_into(t, result);
   return result;
 }
 
@@ -79,7 +99,7 @@ inline Tensor readable(const Tensor& t, at::ScalarType type) {
   const Tensor result = t.scalar_type() == type ? t : converted(t, type);
   if (result.stride(-1) == 1 || result.size(-1) == 1) return result;
   const Tensor adjacent = at::empty(t.sizes(), result.options());
-  copy(result, adjacent);
+  copy_into(result, adjacent);
   return adjacent;
 }
 
@@ -97,11 +117,9 @@ inline Steps steps_of(const Layout& layout, int64_t begin, int64_t end, bool des
 }
 
 /// A chunk whose first step is `begin`, addressed by the steps of the whole sequence: data points
-/// where step 0 would be. first_row: of each step, if packed; in a tensor of the call's, or in a
-/// workspace, Layout::rows_before.
+/// where step 0 would be.
 template <typename T>
-Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column,
-                        const std::vector<int64_t>& first_row) {
+Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
   using Value = std::remove_const_t<T>;
   if (!chunk.defined()) return {};
   T* data;
@@ -113,14 +131,10 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
   s.step_stride = layout.packed() ? 0 : chunk.stride(0);
   // One row has any stride: then that of the steps, so that rows of all steps are a matrix.
   s.row_stride = layout.packed() || chunk.size(1) == 1 ? chunk.stride(0) : chunk.stride(1);
-  s.first_row = layout.packed() ? first_row.data() : nullptr;
-  const int64_t before = s.first_row ? first_row[begin] * s.row_stride : begin * s.step_stride;
+  s.first_row = layout.packed() ? layout.first_row.data() : nullptr;
+  const int64_t before = s.first_row ? s.first_row[begin] * s.row_stride : begin * s.step_stride;
   s.data = data + column - before;
   return s;
-}
-template <typename T>
-Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin, int64_t column) {
-  return sequence_of<T>(layout, chunk, begin, column, layout.first_row);
 }
 
 /// A [B, H] tensor whose columns are adjacent.

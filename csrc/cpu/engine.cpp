@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Registers the CPU kernels of rnn_forward and rnn_backward.
-#include <torch/library.h>
+#include "engine.h"
 
-#include "layer_cpu.h"
+#include <torch/library.h>
 
 namespace fastrnn {
 
 namespace {
 
-constexpr Engine kEngine{cpu::layer_forward, cpu::layers_backward, cpu::runs_side_by_side,
-                         cpu::stack_forward};
+constexpr Engine kEngine{cpu::layer_forward, cpu::layers_backward, /*stacks=*/true};
 
 ForwardResult rnn_forward_cpu(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                               const OptionalTensor& batch_sizes, std::string_view nonlinearity,

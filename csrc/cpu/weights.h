@@ -10,7 +10,7 @@
 
 #include "../parallel.h"
 #include "dispatch.h"
-#include "views.h"
+#include "tensors.h"
 
 namespace fastrnn::cpu {
 
@@ -94,30 +94,30 @@ void multiply_rows(const ProductArgs<T>& a, bool parallel) {
   share(tiles, kTilesPerThread, run, parallel);
 }
 
-/// out = [out +] x M in some steps: at once where all rows follow one another, else by steps or by
-/// sequences, of which there are fewer. a: but for rows, x and out.
+/// out = [out +] x M for the rows `rows` of some steps: at once where all follow one another, else
+/// by steps or by sequences, of which there are fewer. a: but for rows, x and out.
 template <typename T>
-void multiply_steps(const Layout& layout, Range steps, const Sequence<const T>& x, ProductArgs<T> a,
-                    const Sequence<T>& out, bool parallel) {
-  const int64_t count = steps.end - steps.begin;
-  a.rows = layout.offset(steps.end) - layout.offset(steps.begin);
+void multiply_steps(const Layout& layout, Range steps, Range rows, const Sequence<const T>& x,
+                    ProductArgs<T> a, const Sequence<T>& out, bool parallel) {
+  const int64_t count = steps.end - steps.begin, height = rows.end - rows.begin;
+  a.rows = layout.position(steps.end) - layout.position(steps.begin);
   const auto is_matrix = [&](const auto& s) {
-    return s.first_row ? s.first_row[steps.end] - s.first_row[steps.begin] == a.rows
-                       : count == 1 || s.step_stride == layout.B * s.row_stride;
+    return s.first_row || count == 1 || s.step_stride == layout.B * s.row_stride;
   };
-  if (is_matrix(x) && is_matrix(out)) {
+  if (height == layout.B && is_matrix(x) && is_matrix(out)) {
     a.x = {x.row(steps.begin, 0), x.row_stride};
     a.out = {out.row(steps.begin, 0), out.row_stride};
     return multiply_rows(a, parallel);
   }
-  const bool by_steps = layout.packed() || count < layout.B;
-  const int64_t pieces = by_steps ? count : layout.B;
+  const bool by_steps = layout.packed() || count < height;
+  const int64_t pieces = by_steps ? count : height;
   const bool each_alone = parallel && pieces >= available_threads();
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = steps.begin + (by_steps ? i : 0), b = by_steps ? 0 : i;
+      const int64_t t = steps.begin + (by_steps ? i : 0), b = rows.begin + (by_steps ? 0 : i);
       ProductArgs<T> piece = a;
-      piece.rows = by_steps ? layout.rows(t) : count;
+      piece.rows = by_steps ? std::min(layout.rows(t), rows.end) - rows.begin : count;
+      if (piece.rows <= 0) continue;
       piece.x = {x.row(t, b), by_steps ? x.row_stride : x.step_stride};
       piece.out = {out.row(t, b), by_steps ? out.row_stride : out.step_stride};
       multiply_rows(piece, parallel && !each_alone);

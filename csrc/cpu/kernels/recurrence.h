@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../activation.h"
+#include "../../activation.h"
 
 namespace fastrnn::cpu {
 
@@ -71,20 +71,18 @@ struct Steps {
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
 };
 
-/// Some of a step's columns, which several threads share where there are too few rows for each to
-/// have its own: one slab for each thread. Walks count in rounds, the same in every thread: one for
-/// each call of their body. `claimed` stays in its thread's cache; `done` is what others read.
-struct Slab {
-  alignas(64) int64_t claimed = 0;  // rounds that a thread has begun to compute
-  alignas(64) int64_t done = 0;     // rounds whose results are in memory
+/// Threads that share the steps of a walk, where there are too few rows for each to have its own.
+/// Each computes some slabs of a step's columns, then waits for the others': the next step reads
+/// all columns. Every slab has a cache line, in which its thread counts the rounds that it has
+/// done.
+struct alignas(64) Slab {
+  int64_t done = 0;  // rounds whose results are in memory: one for each call of the walk's body
 };
-
-constexpr int64_t kMaxTeam = 64;
-/// One thread's place among those that share the steps of a walk; no slabs: it walks alone.
+/// One thread's place in a team; no slabs: it walks alone.
 struct Team {
   Slab* slabs = nullptr;         // [size], zero before the walk
-  int64_t size = 1;              // at most kMaxTeam
-  int64_t home = 0;              // the slab that this thread computes, as long as it is on time
+  int64_t size = 1;              // slabs of a step
+  int64_t begin = 0, end = 1;    // those of this thread
   void (*give_way)() = nullptr;  // called again and again while another thread is late
 };
 
@@ -130,7 +128,7 @@ struct BackwardArgs {
 };
 
 /// Weight gradients of one layer and direction over a range of steps, added to what is there (or,
-/// those of weights, where `overwrites`, in place of that):
+/// those of weights, where `overwrites`, in place of that), of rows [row_begin, row_end):
 ///   grad_W_ih += sum_t delta_t^T x_t
 ///   grad_W_hh += sum_t delta_t^T h_{t-1}
 ///   grad_b    += sum_t delta_t
@@ -138,16 +136,17 @@ struct BackwardArgs {
 template <typename T>
 struct WeightGradientArgs {
   Steps steps;
+  int64_t row_begin = 0, row_end = 0;
   int64_t part = 0, parts = 1;  // this call's share of each gradient
   int64_t I = 0, H = 0;
   Sequence<const T> x;      // [T, B, I]
   Sequence<const T> y;      // [T, B, H], with the step before the first walked one
   Matrix<const T> hx;       // [B, H]; null: zeros
-  Sequence<const T> delta;  // [T, B, H], where all rows follow one another
+  Sequence<const T> delta;  // [T, B, H]
   bool overwrites = false;
   Sum<T>* grad_w_ih = nullptr;  // [H, I] contiguous, or null
   Sum<T>* grad_w_hh = nullptr;  // [H, H] contiguous, or null
-  Sum<T>* grad_b = nullptr;     // [H], or null
+  Sum<T>* grad_b = nullptr;     // [2, H], or null: the sums, and what they have lost by rounding
   T* workspace = nullptr;       // BFloat16: [packed_rows, packed_columns] to pack into
   int64_t packed_rows = 0;      // with it: rows at a time, even
 };

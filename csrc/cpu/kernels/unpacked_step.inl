@@ -122,36 +122,8 @@ void run_unpacked_forward(const Step<T>& s, int64_t begin, int64_t end, bool des
   }
 }
 
-/// Backward, R rows of V vectors of columns, with W_hh as it is: combinations of its rows. tail: as
-/// for finish, of one vector only.
-template <typename T, typename Epilogue, int R, int V>
-void combine_rows(const Step<T>& s, int64_t row, int64_t column, int64_t tail) {
-  const T* a = s.s.data + row * s.s.row_stride;
-  Vec<T> acc[R][V] = {};
-  for (int64_t first = 0; first < s.K; first += kTerms) {
-    Vec<T> part[R][V] = {};
-    for (int64_t k = first; k < s.K && k < first + kTerms; ++k) {
-      const T* weights = s.w_s.data + k * s.w_s.row_stride + column;
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const bool partial = V == 1 && tail != 0;
-        Vec<T> w = partial ? load_tail<T>(weights, tail) : load<T>(weights + v * kLanes<T>);
-        if constexpr (R > 1) keep(w);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) part[r][v] += widen(a[r * s.s.row_stride + k]) * w;
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] += part[r][v];
-    }
-  }
-  finish<T, Epilogue, R, V>(acc, s, row, column, tail);
-}
-
 /// sums[r] += s[row + r] W_hh for R rows, V vectors of columns from `column` and the terms [k,
-/// end); with the last terms, out of it. tail: as for combine_rows.
+/// end); with the last terms, out of it. tail: as for finish, of one vector only.
 template <typename T, typename Epilogue, int R, int V>
 void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t column, int64_t tail,
                      int64_t k, int64_t end) {
@@ -184,11 +156,12 @@ void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t c
   }
 }
 
-/// Many rows, by blocks of W_hh's rows: lines so far apart share few places in the caches, which
-/// hold a block, but not the whole height of a panel. Adds in the order of packed weights.
-template <typename T, typename Epilogue, int V>
+/// All rows of V vectors of columns, kRows at a time, by blocks of W_hh's rows: lines so far apart
+/// share few places in the caches, which hold a block, but not the whole height of a panel. Adds in
+/// the order of packed weights.
+template <typename T, typename Epilogue, int V, int64_t kRows>
 void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
-  constexpr int64_t kRows = 16 * FASTRNN_TILE_ROWS, kBlock = 2 * kTerms;
+  constexpr int64_t kBlock = 2 * kTerms;
   for (int64_t first = 0, last; first < s.rows; first = last) {
     // No few rows alone, as in product().
     last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
@@ -206,37 +179,28 @@ void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
   }
 }
 
-/// All rows of V vectors of columns: one or two in a single pass over W_hh, as are numbers that
-/// packed weights multiply in pairs.
-template <typename T, typename Epilogue, int V>
-void combine_all_rows(const Step<T>& s, int64_t column, int64_t tail) {
-  if constexpr (kDepth<T> == 1 && V <= FASTRNN_TILE_VECTORS) {
-    if (s.rows > 2) return combine_by_blocks<T, Epilogue, V>(s, column, tail);
-  }
-  cut_into_tiles<2>(0, s.rows, [&](auto rows, int64_t row) __attribute__((always_inline)) {
-    combine_rows<T, Epilogue, decltype(rows)::value, V>(s, row, column, tail);
-  });
-}
-
-/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is.
+/// Backward, vectors [begin, end) of a step's columns, with W_hh as it is. Not of numbers that are
+/// multiplied in pairs: these lie side by side in packed weights only.
 template <typename T, typename Epilogue>
 void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool descending) {
-  const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
-  int64_t done = begin;
-  const auto combine = [&](auto vectors) {
-    constexpr int V = decltype(vectors)::value;
-    const int64_t count = (end - done - (tail != 0)) / V;
-    for (int64_t i = 0; i < count; ++i)
-      combine_all_rows<T, Epilogue, V>(s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>,
-                                       0);
-    done += count * V;
-  };
-  constexpr int kVectors = FASTRNN_TILE_VECTORS;
-  // In a single pass, long runs through each of W_hh's rows.
-  if (s.rows <= 2 || kDepth<T> > 1) combine(std::integral_constant<int, 2 * kVectors>{});
-  combine(std::integral_constant<int, kVectors>{});
-  combine(std::integral_constant<int, 1>{});
-  if (tail != 0) combine_all_rows<T, Epilogue, 1>(s, done * kLanes<T>, tail);
+  if constexpr (kDepth<T> == 1) {
+    const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
+    int64_t done = begin;
+    const auto combine = [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      // Sums of many rows take as long to clear as one row's product.
+      const auto run = s.rows > FASTRNN_TILE_ROWS
+                           ? combine_by_blocks<T, Epilogue, V, 16 * FASTRNN_TILE_ROWS>
+                           : combine_by_blocks<T, Epilogue, V, 1>;
+      const int64_t count = (end - done - (tail != 0)) / V;
+      for (int64_t i = 0; i < count; ++i)
+        run(s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>, 0);
+      done += count * V;
+      if (V == 1 && tail != 0) run(s, done * kLanes<T>, tail);
+    };
+    combine(std::integral_constant<int, FASTRNN_TILE_VECTORS>{});
+    combine(std::integral_constant<int, 1>{});
+  }
 }
 
 }  // namespace
