@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not cuda_host.available(), reason="needs Linux a
 CSRC = cuda_host.ROOT / "csrc"
 NEED_CUDA = ("rnn_cuda.cpp", "products.cpp")  # cuda_engine.cpp has twins of what they hold
 SOURCES = [
-    *sorted((CSRC / "cuda").glob("*.cu")),
+    *sorted((CSRC / "cuda" / "kernels").glob("*.cu")),
     *(p for p in sorted((CSRC / "cuda").glob("*.cpp")) if p.name not in NEED_CUDA),
     *[CSRC / "layer.cpp", CSRC / "rnn.cpp", Path(__file__).with_name("cuda_engine.cpp")],
 ]

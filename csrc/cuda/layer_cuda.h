@@ -7,8 +7,8 @@
 #pragma once
 
 #include "../layer.h"
+#include "kernels/recurrence.h"
 #include "plan.h"
-#include "recurrence.h"
 
 namespace fastrnn::cuda {
 

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <optional>
 
-#include "block_sizes.h"
-#include "group_sizes.h"
+#include "kernels/block_sizes.h"
+#include "kernels/group_sizes.h"
 
 namespace fastrnn::cuda {
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "recurrence.h"
+#include "kernels/recurrence.h"
 
 namespace fastrnn::cuda {
 

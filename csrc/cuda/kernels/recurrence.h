@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "../activation.h"
+#include "../../activation.h"
 #include "group_sizes.h"
 
 namespace fastrnn::cuda {

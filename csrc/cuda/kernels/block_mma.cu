@@ -5,8 +5,8 @@
 // batch its second, so that one row costs what eight do.
 #include <iterator>
 
-#include "block_recurrence.cuh"
 #include "block_sizes.h"
+#include "block_walk.cuh"
 
 namespace fastrnn::cuda {
 

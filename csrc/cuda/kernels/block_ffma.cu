@@ -4,8 +4,8 @@
 // the layer: each holds a quarter of their weights and adds up that part of the sums.
 #include <iterator>
 
-#include "block_recurrence.cuh"
 #include "block_sizes.h"
+#include "block_walk.cuh"
 
 namespace fastrnn::cuda {
 

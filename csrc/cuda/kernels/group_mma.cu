@@ -3,7 +3,7 @@
 // The kernels of tier 2: by type, size and rows of a group.
 #include <iterator>
 
-#include "group_recurrence.cuh"
+#include "group_walk.cuh"
 
 namespace fastrnn::cuda {
 
