@@ -21,7 +21,6 @@ struct Layout {
   std::vector<int64_t> batch_sizes;
   std::vector<int64_t> first_row;    // of each step in packed tensors, and of the end: [T + 1]
   std::vector<int64_t> rows_before;  // the same, unless this is a part of a larger batch
-  mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }

@@ -202,12 +202,12 @@ def test_kernels_keep_to_registers(source, architecture, tmp_path, record_proper
 
 @needs_nvcc
 def test_blocks_of_one_row_share_a_multiprocessor_as_the_plan_says(tmp_path):
-    """FfmaSizes in block_sizes.h: hidden, units, weights in registers, resident."""
+    """BlockFfmaSizes in block_sizes.h: hidden, units, weights in registers, resident."""
     sizes = re.findall(r"\{(\d+), (\d+), (\d+), (\d+)\}", (FOLDER / "block_sizes.h").read_text())
     functions, _ = compile_kernels(FOLDER / "block_ffma.cu", "90a", tmp_path)
     checked = set()
     for function in functions:
-        if match := re.search(r"FfmaEngineILi(\d)ELi1E", function.name):
+        if match := re.search(r"FfmaProductILi(\d)ELi1E", function.name):
             hidden, units, _, resident = map(int, sizes[int(match[1])])
             threads = hidden // units * 4
             assert function.registers * threads * resident <= 65536, readable([function.name])

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 2: a group of blocks shares a layer that one multiprocessor cannot hold. Each block keeps
-// the weights of a few units in registers and walks through all steps with the group's rows of the
-// batch; s travels from block to block in global memory, by way of the L2 cache.
+// The group walk: a group of blocks shares a layer that one multiprocessor cannot hold. Each block
+// keeps the weights of a few units in registers and walks through all steps with the group's rows
+// of the batch; s travels from block to block in global memory, by way of the L2 cache.
 //
 // The state of a step is the output of the step before, so blocks read it there, and it is its own
 // signal: `out` is filled with kAwaited before, a number that no block writes, and a warp reads
@@ -19,7 +19,7 @@
 #include "group_product.cuh"
 #include "group_sizes.h"
 #include "launch.cuh"
-#include "walk.cuh"
+#include "walked_steps.cuh"
 
 namespace fastrnn::cuda {
 
@@ -27,14 +27,14 @@ namespace fastrnn::cuda {
 /// fragments (see mma() in primitives.cuh), and it finishes the sums of kOutputs rows of one unit.
 /// Each of the kGroupWarps takes every kGroupWarps-th chunk of s, kChunks at most.
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
-class GroupRecurrence {
+class GroupWalk {
  public:
   static constexpr int kThreads = 32 * kGroupWarps, kUnits = 16 * kTiles, kRows = 8 * kRowTiles;
   // Four numbers more than a row of sums, so that lanes write to different banks.
   static constexpr int kPartStride = kUnits + 4, kPartSize = kRows * kPartStride;
   static constexpr size_t kSharedBytes = (2 * kGroupWarps * kPartSize + 1) * sizeof(float);
 
-  __device__ __forceinline__ GroupRecurrence(const RecurrenceArgs& args, int first_group)
+  __device__ __forceinline__ GroupWalk(const RecurrenceArgs& args, int first_group)
       : d_(args.direction[blockIdx.y]),
         B_(static_cast<int>(args.steps.B)),
         H_(static_cast<int>(args.H)),
@@ -346,7 +346,7 @@ class GroupRecurrence {
   const Activation activation_;
   const int blocks_, unit0_;  // of the group; the first unit of this block
   const int row0_;            // the group's first row of the batch
-  const Walk walk_;
+  const WalkedSteps walk_;
   const int warp_, lane_;
   const int unit_, row_;  // of this thread's outputs, and of the first of them
   const View addend_, y_, out_;
@@ -362,22 +362,22 @@ class GroupRecurrence {
 
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
 __global__ void __launch_bounds__(32 * kGroupWarps, 1)
-    group_recurrence(const __grid_constant__ RecurrenceArgs args, int first_group) {
-  GroupRecurrence<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
+    group_walk(const __grid_constant__ RecurrenceArgs args, int first_group) {
+  GroupWalk<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
 }
 
 /// `groups` of so many blocks at a time, as many as are resident at the same time.
 template <typename T, int kTiles, int kChunks, int kRowTiles>
 const char* run_groups(const RecurrenceArgs& args, int64_t blocks, int64_t groups, Stream stream) {
-  using Kernel = GroupRecurrence<T, false, kTiles, kChunks, kRowTiles>;
+  using Kernel = GroupWalk<T, false, kTiles, kChunks, kRowTiles>;
   const int64_t all = (args.steps.B + Kernel::kRows - 1) / Kernel::kRows;
   LaunchShape shape;
   shape.blocks_y = args.directions;
   shape.threads = Kernel::kThreads;
   shape.shared_bytes = Kernel::kSharedBytes;
   shape.resident = true;
-  const auto kernel = args.backward ? group_recurrence<T, true, kTiles, kChunks, kRowTiles>
-                                    : group_recurrence<T, false, kTiles, kChunks, kRowTiles>;
+  const auto kernel = args.backward ? group_walk<T, true, kTiles, kChunks, kRowTiles>
+                                    : group_walk<T, false, kTiles, kChunks, kRowTiles>;
   for (int64_t first = 0; first < all; first += groups) {
     const int64_t count = all - first < groups ? all - first : groups;
     shape.blocks_x = static_cast<unsigned>(count * blocks);
