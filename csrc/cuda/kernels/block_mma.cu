@@ -41,7 +41,8 @@ class MmaProduct {
         warp_(threadIdx.x / 32),
         operand_(computed_once(lane_ / 4 * kStateStride + lane_ % 4 * 2)) {}
 
-  // A thread's first element: see mma() in primitives.cuh.
+  // As mma() in primitives.cuh deals out its sums: lane 4 g + q has rows 2 q and 2 q + 1 of units g
+  // and g + 8 of each of its warp's tiles.
   __device__ __forceinline__ int row() const { return lane_ % 4 * 2; }
   __device__ __forceinline__ int unit() const { return warp_ * kOwn * 16 + lane_ / 4; }
 

@@ -4,7 +4,7 @@
 // with them. It keeps W_hh in registers, of large layers a part in shared memory. Blocks never talk
 // to one another.
 //
-// A Product multiplies s by W_hh and leaves the sums [rows, H] in registers; a thread's sums
+// A BlockProduct multiplies s by W_hh and leaves the sums [rows, H] in registers; a thread's sums
 // are its elements. All else is here, the same for every product, forward and backward. Each thread
 // loads the addends of its elements some steps ahead, adds and activates. It writes s to the other
 // one of two buffers in shared memory, for the next step, and to the output. One barrier per step.
@@ -13,6 +13,7 @@
 // steps is computed there, and all elements take a branch together or not at all.
 #pragma once
 
+#include <concepts>
 #include <type_traits>
 
 #include "activation.cuh"
@@ -21,9 +22,40 @@
 
 namespace fastrnn::cuda {
 
+/// What the block walk asks of the product s W_hh of one step: MmaProduct in block_mma.cu,
+/// FfmaProduct in block_ffma.cu. A block has kThreads threads and kRows rows of the batch. Each of
+/// the sums [kRows, H] belongs to one thread. Element (r, u) of a thread, r < kThreadRows and
+/// u < kThreadUnits, is the sum of
+///
+///   row  row() + r * kRowStep  of the block,  unit  unit() + u * kUnitStep  of the layer.
+///
+/// It may lie outside of [kRows, H]: nobody reads it then.
+template <class P>
+concept BlockProduct =
+    std::default_initializable<P> &&
+    requires(P product, const P& loaded, const typename P::Element* numbers, int H, bool transposed,
+             float (&sums)[P::kThreadRows][P::kThreadUnits]) {
+      typename P::Element;  // of s, W_hh and the output
+      requires P::kRows > 0 && P::kThreads % 32 == 0;
+      requires P::kRowStep > 0 && P::kUnitStep > 0;
+      requires P::kThreadRows* P::kThreadUnits < 32;  // sets of elements are bits of a register
+      requires P::kTogether > 0;                      // steps whose inputs are loaded together
+      // Shared memory begins with two buffers of s: kStateSize numbers, rows kStateStride apart.
+      // The rest of the kSharedBytes is the product's own.
+      requires P::kRows* P::kStateStride <= P::kStateSize;
+      requires P::kSharedBytes >= 2 * P::kStateSize * sizeof(typename P::Element);
+
+      { loaded.row() } -> std::same_as<int>;
+      { loaded.unit() } -> std::same_as<int>;
+      // Once, before all steps, from W_hh [H, H]: for s W_hh^T or, transposed, for s W_hh.
+      product.load_weights(numbers, H, transposed);
+      // The sums of the thread's elements, from a buffer of s. It is 0 from column H on.
+      loaded.multiply(numbers, sums);
+    };
+
 /// One thread's part of a block's walk. Sets of its elements are bits: see bit().
 /// kFeatures: x is given in place of addends, and has so many features at most; else 0.
-template <class Product, bool kBackward, int kFeatures>
+template <BlockProduct Product, bool kBackward, int kFeatures>
 class BlockWalk {
  public:
   __device__ __forceinline__ explicit BlockWalk(const RecurrenceArgs& args)
@@ -331,13 +363,13 @@ class BlockWalk {
   float w_ih_[kThreadUnits][kFeatures + 1];
 };
 
-template <class Product, bool kBackward, int kFeatures>
+template <BlockProduct Product, bool kBackward, int kFeatures>
 __global__ void __launch_bounds__(Product::kThreads, 1)
     block_walk(const __grid_constant__ RecurrenceArgs args) {
   BlockWalk<Product, kBackward, kFeatures>(args).run();
 }
 
-template <class Product>
+template <BlockProduct Product>
 const char* run_blocks(const RecurrenceArgs& args, Stream stream) {
   LaunchShape shape;
   shape.blocks_x = static_cast<unsigned>((args.steps.B + Product::kRows - 1) / Product::kRows);

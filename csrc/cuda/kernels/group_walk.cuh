@@ -1,18 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The group walk: a group of blocks shares a layer that one multiprocessor cannot hold. Each block
-// keeps the weights of a few units in registers and walks through all steps with the group's rows
-// of the batch; s travels from block to block in global memory, by way of the L2 cache.
+// The group walk. A group of blocks shares a layer that one multiprocessor cannot hold. It owns a
+// few rows of the batch. Each of its blocks keeps the weights of a few units in registers and walks
+// through all steps; s travels from block to block in global memory, by way of the L2 cache.
 //
-// The state of a step is the output of the step before, so blocks read it there, and it is its own
-// signal: `out` is filled with kAwaited before, a number that no block writes, and a warp reads
-// what it needs again and again until nothing of it is kAwaited. There is no barrier between
-// blocks, no flag and no buffer that is used twice. All blocks of a launch must be resident at the
-// same time.
+// The state of a step is the output of the step before, so blocks read it there. It is its own
+// signal: a warp reads what it needs again and again until nothing of it is kAwaited (see
+// primitives.cuh). There is no barrier between blocks, no flag and no buffer that is used twice.
+// All blocks of a launch must be resident at the same time.
 //
-// Within a block each of the warps multiplies a part of s, by tensor cores:
-//   sums^T [units, rows] += W[units, part] s^T[part, rows]
-// and the parts are added up in shared memory: one barrier per step.
+// Who owns what, with kUnits = 32 (kTiles = 2 tiles of 16 units), kRows = 16 (kRowTiles = 2 tiles
+// of 8 rows) and n blocks in a group:
+//
+//   The sums of a step, [B, H], in one direction (blockIdx.y). A cell is what a block computes.
+//
+//                        unit 0 .. 31     32 .. 63          H
+//                       +---------------+---------------+-- .. --+
+//     group 0, row  0   | blockIdx.x 0  | blockIdx.x 1  |        |
+//                  15   |               |               |        |
+//                       +---------------+---------------+-- .. --+
+//     group 1, row 16   | blockIdx.x n  |  n + 1        |        |
+//                  31   |               |               |        |
+//                       +---------------+---------------+-- .. --+
+//
+//   A block multiplies s^T by its rows of W_hh (backward: W_hh^T), by tensor cores. Along k, s is
+//   cut into chunks of kChunk units, 64 bytes. The warps take them in turn, kChunks each at most.
+//
+//       k   chunk 0   chunk 1          chunk 7   chunk 8
+//          +---------+---------+- .. -+---------+---------+- ..
+//          | warp 0  | warp 1  |      | warp 7  | warp 0  |
+//          +---------+---------+- .. -+---------+---------+- ..
+//
+//   In each chunk of its warp, lane 4 g + q
+//     reads 16 bytes of s, the q-th of the chunk, in row g of each tile of rows,
+//     holds the weights that meet them, of units g and g + 8 of each tile of units,
+//     gets sums of these units, in rows 2 q and 2 q + 1 of each tile of rows.
+//   The sums of all warps meet in shared memory, parts [warp][row][unit]: one barrier per step.
+//
+//   Thread t adds up the parts and finishes kOutputs sums: one unit, in rows kRowStep apart.
+//
+//               unit 0     1    ..   31
+//       row 0   t  = 0     1    ..   31
+//           1       32    33    ..   63
+//           7      224   225    ..  255
+//           8        0     1    ..   31      kRowStep = 8
 #pragma once
 
 #include "activation.cuh"
@@ -24,8 +55,8 @@
 namespace fastrnn::cuda {
 
 /// One thread's part of a block's walk. A thread has two roles: as a lane of a warp it multiplies
-/// fragments (see mma() in primitives.cuh), and it finishes the sums of kOutputs rows of one unit.
-/// Each of the kGroupWarps takes every kGroupWarps-th chunk of s, kChunks at most.
+/// fragments (see mma() in primitives.cuh), and as thread t it finishes the sums of kOutputs rows
+/// of one unit.
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
 class GroupWalk {
  public:
@@ -89,7 +120,6 @@ class GroupWalk {
   static_assert(kChunks % kAtOnce == 0);
   // So many tiles at most are read again and again while none is there; of more, the first chunk's.
   static constexpr int kMostInVain = 4;
-  static constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
 
   /// A tile's sums in parts, where tiles are few: an mma waits for the one before that adds to the
   /// same part.
@@ -296,7 +326,7 @@ class GroupWalk {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = words.word[i];
       if (kWordNumbers == 1)
-        found |= word == kAwaited;
+        found |= word == kAwaited<T>;
       else
         found |= (~word - 0x00010001u) & word & 0x80008000u;  // a half of it is kAwaited
     }
@@ -322,10 +352,6 @@ class GroupWalk {
       if (d_.final_state != nullptr && (is_last || row(j) >= next_.rows))
         static_cast<T*>(d_.final_state)[place] = s;
     }
-  }
-  /// A NaN of other bits in place of what kAwaited is.
-  static __device__ __forceinline__ T not_awaited(T s) {
-    return bits_of(s) == kAwaited ? from_bits<T>(kAwaited >> 1) : s;
   }
 
   /// Rows that were not alive in any of the steps.
