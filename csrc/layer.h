@@ -20,7 +20,6 @@ struct Layout {
   int64_t T = 0, B = 0, total_rows = 0;
   std::vector<int64_t> batch_sizes;  // packed: rows of each step
   std::vector<int64_t> first_row;    // of each step in packed tensors, and of the end: [T + 1]
-  mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
   Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
   bool packed() const { return !batch_sizes.empty(); }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every operator schema, nothing else. Kernels register themselves where they are written:
-// rnn.cpp, autograd.cpp, autocast.cpp, cpu/rnn_cpu.cpp, cuda/rnn_cuda.cpp.
+// rnn.cpp, autograd.cpp, autocast.cpp, cpu/engine.cpp, cuda/engine.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastrnn, m) {

@@ -25,7 +25,7 @@
 #include "cuda/plan.h"
 #include "rnn.h"
 #ifdef FASTRNN_CUDA
-#include "cuda/layer_cuda.h"
+#include "cuda/engine.h"
 #endif
 
 namespace py = pybind11;
@@ -184,9 +184,9 @@ py::dict cuda_plan(int64_t T, int64_t B, int64_t I, int64_t H, int64_t direction
   gpu.shared_bytes = shared_bytes.value_or(gpu.shared_bytes);
   const cuda::Plan plan = cuda::plan_layer({T, B, I, H, directions, type}, gpu);
   py::dict result;
-  result["tier"] = static_cast<int>(plan.tier);
-  // Tier 1 in float: of the batch, in each block; tier 2: in each group of blocks.
-  result["rows"] = plan.tier == cuda::Tier::kGroup ? plan.groups.rows() : plan.block_rows;
+  result["walk"] = cuda::name_of(plan.walk);
+  // Of the batch: in each block of the block walk in float, or in each group of the group walk.
+  result["rows"] = plan.walk == cuda::Walk::kGroup ? plan.groups.rows() : plan.block_rows;
   result["fuse_input"] = plan.fuse_input;
   result["chunk_steps"] = plan.chunk_steps;
   return result;

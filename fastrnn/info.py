@@ -30,7 +30,7 @@ ENVIRONMENT = (
     "OMP_WAIT_POLICY",
     "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
-    "FASTRNN_CUDA_TIER",
+    "FASTRNN_CUDA_WALK",
 )
 
 
@@ -151,31 +151,32 @@ def _cpu_plan() -> dict[str, str]:
 
 
 def _cuda_plan() -> list[str] | str:
-    """The tiers of docs/cuda.md that each GPU takes, by dtype and H."""
+    """Which walk of docs/cuda.md each GPU takes, by dtype and H."""
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [_tiers_of(gpu) for gpu in gpus] or "no GPU"
+    return [_walks_of(gpu) for gpu in gpus] or "no GPU"
 
 
-def _tiers_of(gpu: torch.device) -> str:
-    """The tiers of one long sequence on a GPU, the largest H of each, among multiples of 8."""
+def _walks_of(gpu: torch.device) -> str:
+    """The walks of one long sequence on a GPU, the largest H of each, among multiples of 8."""
     if not functional._is_fused_device(gpu):
         return f"{gpu} PyTorch's own path"
     facts: Any = torch.cuda.get_device_properties(gpu)  # its stub lacks an attribute
 
-    def tier(H: int, element_size: int) -> Any:
+    def walk(H: int, element_size: int) -> Any:
         return _extension.C.cuda_plan(
             512, 1, 512, H, element_size=element_size,
             major=facts.major, multiprocessors=facts.multi_processor_count,
             shared_bytes=facts.shared_memory_per_block_optin,
-        )["tier"]  # fmt: skip
+        )["walk"]  # fmt: skip
 
     dtypes = []
     for dtype, size in (("float64", 8), ("float32", 4), ("16 bits", 2)):
-        ranges = groupby(range(8, 4097, 8), lambda H, size=size: tier(H, size))  # type: ignore[misc]
-        *limited, (rest, _) = [(number, max(group)) for number, group in ranges]
-        shown = [f"tier {number} to H = {last}" for number, last in limited]
-        dtypes.append(" ".join([dtype, *shown, f"tier {rest}{' above' if shown else ''}"]))
-    return f"{gpu} {', '.join(dtypes)}"
+        ranges = groupby(range(8, 4097, 8), lambda H, size=size: walk(H, size))  # type: ignore[misc]
+        *limited, (rest, _) = [(name, max(group)) for name, group in ranges]
+        shown = [f"{name} walk to H = {last}" for name, last in limited]
+        walks = ", ".join([*shown, f"{rest} walk{' above' if shown else ''}"])
+        dtypes.append(f"{dtype}: {walks}")
+    return f"{gpu} {'; '.join(dtypes)}"
 
 
 def _environment() -> dict[str, str]:

@@ -10,7 +10,9 @@
 
 #include <cstring>
 
-#include "cuda/layer_common.h"
+#include "cuda/call_offsets.h"
+#include "cuda/cublas.h"
+#include "cuda/engine.h"
 #include "cuda/products.h"
 #include "cuda_host.h"
 
@@ -115,6 +117,7 @@ ForwardResult rnn_forward_on_host(const Tensor& input, const OptionalTensor& hx,
                                   bool bidirectional, bool keep) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   const Guarded guarded;
+  const cuda::CallOffsets offsets;
   return forward_layers(kEngine, guarded.copy(input), guarded.copy(hx), guarded.copy(weights),
                         batch_sizes, options, keep);
 }
@@ -127,6 +130,7 @@ BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
                                     bool bidirectional, c10::List<bool> needs) {
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
   const Guarded guarded;
+  const cuda::CallOffsets offsets;
   return backward_layers(kEngine, guarded.copy(grad_output), guarded.copy(grad_h_n),
                          guarded.copy(input), guarded.copy(hx), guarded.copy(weights), batch_sizes,
                          guarded.copy(layer_outputs), options, needs);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: every case of the grid, and sizes around its tiles, in every precision; bits; tiers.
+"""On a GPU: every case of the grid, and sizes around its tiles, in every precision; bits; walks.
 
 Contract: a float64 run of torch.nn.RNN on the CPU is right. In float64 ours agrees with it; below
 that ours is at most 1.5 times as far from it as nn.RNN on the same GPU is, with TF32 and without.
@@ -321,31 +321,31 @@ def test_deterministic_algorithms_give_the_same_bits(case, precision, monkeypatc
     assert_same_bits(first, second)
 
 
-# Tiers: every case's slower ways
+# Walks: every case's slower ways
 
 
-TIER_CASES = GRID[::5] + SIZES[::12]
+WALK_CASES = GRID[::5] + SIZES[::12]
 #: Parts of them, each for one process.
-TIER_RUNS = [list(itertools.product(TIER_CASES[i::5], PRECISIONS)) for i in range(5)]
+WALK_RUNS = [list(itertools.product(WALK_CASES[i::5], PRECISIONS)) for i in range(5)]
 
 SAVE_RESULTS = """
 import sys
 import torch
 import test_gpu_results as suite
-torch.save([suite.run(suite.fastrnn.RNN, *each) for each in suite.TIER_RUNS[int(sys.argv[2])]],
+torch.save([suite.run(suite.fastrnn.RNN, *each) for each in suite.WALK_RUNS[int(sys.argv[2])]],
            sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("part", range(len(TIER_RUNS)))
-@pytest.mark.parametrize("tier", ["0", "1", "2"])
-def test_results_are_as_accurate_with_the_tier_that_is_asked_for(tier, part, tmp_path):
-    """So two tiers are within both errors of one another."""
+@pytest.mark.parametrize("part", range(len(WALK_RUNS)))
+@pytest.mark.parametrize("walk", ["steps", "block", "group"])
+def test_results_are_as_accurate_with_the_walk_that_is_asked_for(walk, part, tmp_path):
+    """So two walks are within both errors of one another."""
     file = tmp_path / "results.pt"
-    process = run_python(SAVE_RESULTS, str(file), str(part), FASTRNN_CUDA_TIER=tier)
+    process = run_python(SAVE_RESULTS, str(file), str(part), FASTRNN_CUDA_WALK=walk)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     failures = []
-    for each, ours in zip(TIER_RUNS[part], torch.load(file), strict=True):
+    for each, ours in zip(WALK_RUNS[part], torch.load(file), strict=True):
         try:
             assert_accurate(ours, *each)
         except AssertionError as error:

@@ -266,11 +266,13 @@ def test_the_end_of_a_tensor_that_32_bits_cannot_index_is_that_of_a_slice(mode, 
 def test_the_plan_knows_what_this_gpu_has():
     facts = torch.cuda.get_device_properties(DEVICE)
     room = facts.shared_memory_per_block_optin
-    tiers = {
-        H: fastrnn._C.cuda_plan(512, 16, 8, H, element_size=2)["tier"] for H in (256, 320, 384)
+    walks = {
+        H: fastrnn._C.cuda_plan(512, 16, 8, H, element_size=2)["walk"] for H in (256, 320, 384)
     }
-    assert tiers == {
-        256: 1, 320: 1 if room >= 125 << 10 else 2, 384: 1 if room >= 185 << 10 else 2
-    }  # fmt: skip
+    assert walks == {
+        256: "block",
+        320: "block" if room >= 125 << 10 else "group",
+        384: "block" if room >= 185 << 10 else "group",
+    }
     plan = fastrnn._C.cuda_plan(512, 2 * facts.multi_processor_count + 1, 8, 128)
-    assert (plan["tier"], plan["rows"]) == (1, 2)
+    assert (plan["walk"], plan["rows"]) == ("block", 2)

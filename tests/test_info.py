@@ -160,18 +160,18 @@ def test_text_says_that_there_is_no_gpu_to_plan_for(text):
     assert any(line.split() == ["cuda", "plan", "no", "GPU"] for line in text.splitlines())
 
 
-def test_every_gpu_has_the_largest_hidden_size_of_each_tier_and_dtype(monkeypatch):
+def test_every_gpu_has_the_largest_hidden_size_of_each_walk_and_dtype(monkeypatch):
     a100 = SimpleNamespace(
         major=8, multi_processor_count=108, shared_memory_per_block_optin=163 << 10
     )
-    monkeypatch.delenv("FASTRNN_CUDA_TIER", raising=False)
+    monkeypatch.delenv("FASTRNN_CUDA_WALK", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: a100)
     monkeypatch.setattr(functional, "_is_fused_device", lambda gpu: gpu.index == 0)
     newer, older = info._cuda_plan()
     assert newer == (
-        "cuda:0 float64 tier 0, float32 tier 1 to H = 256 tier 2 to H = 1728 tier 0 above, "
-        "16 bits tier 1 to H = 320 tier 2 to H = 1728 tier 0 above"
+        "cuda:0 float64: steps walk; float32: block walk to H = 256, group walk to H = 1728, steps "
+        "walk above; 16 bits: block walk to H = 320, group walk to H = 1728, steps walk above"
     )
     assert older == "cuda:1 PyTorch's own path"
 

@@ -151,13 +151,14 @@ def test_without_cuda_in_torch_no_toolkit_is_looked_at(monkeypatch):
 
 def test_a_build_without_the_cuda_part_has_of_its_sources_the_plan_alone(tmp_path):
     files = ["csrc/a.cpp", "csrc/a.h", "csrc/cpu/b.cpp", "csrc/cuda/c.cpp", "csrc/cuda/d.cu"]
-    files += ["csrc/cuda/e.cuh", "csrc/cuda/plan.cpp"]
+    files += ["csrc/cuda/kernels/e.cu", "csrc/cuda/kernels/f.cuh", "csrc/cuda/plan.cpp"]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     cpu, plan = ["csrc/a.cpp", "csrc/cpu/b.cpp"], "csrc/cuda/plan.cpp"
     assert setup.sources(tmp_path, cuda=False) == [*cpu, plan]
-    assert setup.sources(tmp_path, cuda=True) == [*cpu, "csrc/cuda/c.cpp", "csrc/cuda/d.cu", plan]
+    cuda = ["csrc/cuda/c.cpp", "csrc/cuda/d.cu", "csrc/cuda/kernels/e.cu", plan]
+    assert setup.sources(tmp_path, cuda=True) == [*cpu, *cuda]
 
 
 def test_no_two_sources_have_the_same_object_file():

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accuracy import ExactProducts
 
 from fastrnn import testing
 
@@ -76,3 +77,15 @@ def test_poisoned_memory_shows_what_is_not_written_and_leaves_the_settings_as_th
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_exact_products_add_up_in_float64():
+    a, b = torch.tensor([[2.0**24, 1.0, -(2.0**24)]]), torch.ones(3, 1)
+    with ExactProducts():
+        found = [a @ b, torch.addmm(torch.ones(1), a, b)]
+    assert [(t.dtype, t.item()) for t in found] == [(torch.float32, 1), (torch.float32, 2)]
+
+
+def test_products_that_are_not_made_exact_are_refused():
+    with ExactProducts(), pytest.raises(AssertionError, match="bmm is not made in float64"):
+        torch.bmm(torch.ones(1, 1, 1), torch.ones(1, 1, 1))

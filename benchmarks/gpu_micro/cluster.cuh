@@ -6,9 +6,10 @@
 // st.async and an mbarrier, where the sources for one hop lie between 102 and 1140 cycles. A likely
 // reason for the spread: every release of cluster scope compiles to MEMBAR.ALL.GPU; st.async and a
 // relaxed arrive without data need none.
-// What hangs on it: h stays inside a cluster (tier T2) as long as a round costs less than a packet
-// hop through L2 (packets.cuh), which serves any number of blocks (tier T3). At 300 cycles T2 wins
-// clearly, above 1000 it is not worth its code. The slices tell where the bytes begin to rule.
+// What hangs on it: whether h should stay inside a cluster. That pays as long as a round costs less
+// than a packet hop through L2 (packets.cuh), the way of the group walk, which serves any number of
+// blocks. At 300 cycles a cluster wins clearly, above 1000 it is not worth its code. The slices
+// tell where the bytes begin to rule.
 #pragma once
 
 #include "host.cuh"
@@ -279,7 +280,7 @@ __global__ void occupant(int* out) {
 }
 
 /// Expected with one block per multiprocessor: 66 clusters of 2, 30 of 4, 15 of 8, about 7 of 16.
-/// It bounds how many batch tiles tier T2 runs at once; 16 is worth it only if few are lost.
+/// It bounds how many batch tiles clusters run at once; 16 is worth it only if few are lost.
 inline void measure_residency() {
   for (const unsigned cluster : {2, 4, 8, 16}) {
     for (const unsigned kilobytes : {227, 100, 32}) {

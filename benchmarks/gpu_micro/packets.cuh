@@ -3,8 +3,8 @@
 // How fast blocks anywhere on the GPU hand h to each other through L2.
 //
 // Expected: one hop 0.5 to 0.65 us with packets, in which the data carries its own flag; 1.1 us or
-// more for a barrier of the grid. What hangs on it: tier T3 takes over from the clusters of tier T2
-// (cluster.cuh) where a round here costs less, and the packet's size: 16 bytes carry three words
+// more for a barrier of the grid. What hangs on it: the group walk is right, and not a cluster
+// (cluster.cuh), where a round here costs less; and the packet's size: 16 bytes carry three words
 // for one tag, which matters as soon as the polled bytes (40 to 60 per cycle) rule and not the hop.
 #pragma once
 

@@ -6,8 +6,8 @@
 // Expected of mma: at most 260, 330 and 600 cycles at H 64, 128 and 256, of which reading h takes
 // warps * H * 16 bytes / 128 per cycle: 256 cycles with 8 warps at H 256, 512 with 16. What hangs
 // on it: warps, independent accumulators (mma: latency 25, issue 6 cycles, so up to 4) and which
-// tanh tier T1 is built with; and how many steps ahead P is prefetched: the latency of L2 or DRAM
-// (latency.cuh) over the cycles of a step.
+// tanh the block walk is built with; and how many steps ahead P is prefetched: the latency of L2 or
+// DRAM (latency.cuh) over the cycles of a step.
 #pragma once
 
 #include <cstring>

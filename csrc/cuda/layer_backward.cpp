@@ -11,7 +11,9 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "layer_common.h"
+#include "call_offsets.h"
+#include "products.h"
+#include "walks.h"
 
 namespace fastrnn::cuda {
 
@@ -158,11 +160,12 @@ std::vector<Cell> layers_backward(const BackwardPass& pass) {
   const int64_t D = layer.directions(), H = layer.hidden_size();
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
-  // Tier 0 walks by that of the host; the gradient of w_hh gathers rows of packed data in a kernel.
+  // The steps walk reads Layout's own. The gradient of w_hh gathers rows of packed data in a
+  // kernel.
   const bool gathers = std::any_of(wanted.cells.begin(), wanted.cells.end(),
                                    [](const std::array<bool, 4>& cell) { return cell[1]; });
   const Tensor first_row =
-      plan.tier != Tier::kSteps || gathers ? first_row_on_device(layout, output) : Tensor();
+      plan.walk != Walk::kSteps || gathers ? CallOffsets::first_row(layout, output) : Tensor();
   // Two directions add up in a zeroed tensor, since their chunks meet it in opposite orders.
   const bool accumulate = D == 2;
   if (accumulate && wanted.input.defined()) wanted.input.zero_();
@@ -179,8 +182,7 @@ std::vector<Cell> layers_backward(const BackwardPass& pass) {
       ranges.push_back(range);
       directions.push_back(walk.tensors(range, /*first=*/i == 0, output, grad_output));
     }
-    run_recurrence(layout, plan, first_row, layer.activation, /*backward=*/true, ranges,
-                   directions);
+    run_walks(layout, plan, first_row, layer.activation, /*backward=*/true, ranges, directions);
     for (int64_t d = 0; d < D; ++d)
       walks[d].add_gradients(ranges[d], directions[d].out, output, wanted.input, accumulate);
   }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Forward of one layer on a GPU: the input's product and the recurrence, chunk by chunk.
-#include "layer_common.h"
+#include "call_offsets.h"
+#include "products.h"
+#include "walks.h"
 
 namespace fastrnn::cuda {
 
@@ -37,14 +39,14 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
   const Plan plan =
       plan_layer({layout.T, layout.B, layer.input.size(-1), H, D, type_of(output)}, current_gpu());
   const Tensor first_row =
-      plan.tier != Tier::kSteps ? first_row_on_device(layout, output) : Tensor();
+      plan.walk != Walk::kSteps ? CallOffsets::first_row(layout, output) : Tensor();
   const Tensor hx = layer.hx.defined() ? layer.hx.contiguous() : Tensor();
   std::vector<Cell> cells;
   for (const Cell& cell : layer.cells) cells.push_back(contiguous(cell));
 
-  // Addends can lie where the outputs will be if they have their type; but tier 2 waits for these.
+  // Addends of the outputs' type can lie where the outputs will be, but a group waits there.
   const bool in_place =
-      output.scalar_type() == compute_type(output.scalar_type()) && plan.tier != Tier::kGroup;
+      output.scalar_type() == compute_type(output.scalar_type()) && plan.walk != Walk::kGroup;
   const int64_t steps = plan.fuse_input || in_place ? layout.T : plan.chunk_steps;
   const Tensor x = plan.fuse_input ? addressable(layer.input) : layer.input;
   for (int64_t i = 0; i < parts_in({0, layout.T}, steps); ++i) {
@@ -66,8 +68,7 @@ void layer_forward(const Layout& layout, const Layer& layer, const Tensor& outpu
       tensors.state = i > 0 ? tensors.final_state : hx.defined() ? hx[d] : Tensor();
       tensors.descending = descending;
     }
-    run_recurrence(layout, plan, first_row, layer.activation, /*backward=*/false, ranges,
-                   directions);
+    run_walks(layout, plan, first_row, layer.activation, /*backward=*/false, ranges, directions);
   }
 }
 

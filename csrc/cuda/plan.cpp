@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // docs/cuda.md gives each constant's reason, and says which are estimates. What they do not cover
-// goes to tier 0.
+// is left to the steps walk.
 #include "plan.h"
 
 #include <algorithm>
@@ -9,21 +9,21 @@
 #include <cstring>
 #include <optional>
 
-#include "block_sizes.h"
-#include "group_sizes.h"
+#include "kernels/block_sizes.h"
+#include "kernels/group_sizes.h"
 
 namespace fastrnn::cuda {
 
 namespace {
 
-// Blocks that wait for a multiprocessor start the walk when others have ended it: so many walks,
-// one after the other, still take less than tier 0, whose steps are bound by two launches each.
+// Blocks that wait for a multiprocessor start when others have ended. So many waves of blocks, one
+// after the other, still take less than the steps walk, which needs two launches in each step.
 // Steps that read weights from shared memory take longer.
 constexpr int64_t kMaxWaves = 8, kMaxWavesOfShared = 4;
 // Groups of blocks that do not fit on the GPU together run in so many launches at most, in 16 bits
 // and in float, whose products of single steps take longer.
 constexpr int64_t kMaxGroupLaunches = 1, kMaxGroupLaunchesInFloat = 2;
-// Below this the product of a step that tiers 1 and 2 save does not exist.
+// A single step has no product with W_hh that the block and the group walk could save.
 constexpr int64_t kMinSteps = 2;
 
 // Addends or deltas in memory at a time: a part of the sequence's, so that with the kept outputs
@@ -35,42 +35,41 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_size(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
 
-/// FASTRNN_CUDA_TIER=0 takes tier 0 everywhere, 1 or 2 takes that one wherever it can run.
-const char* wanted_tier() { return std::getenv("FASTRNN_CUDA_TIER"); }
-
-bool is_tier(const char* wanted, const char* tier) {
-  return wanted != nullptr && std::strcmp(wanted, tier) == 0;
+/// Whether FASTRNN_CUDA_WALK asks for this walk: it is taken wherever it can run.
+bool is_wanted(Walk walk) {
+  const char* const wanted = std::getenv("FASTRNN_CUDA_WALK");
+  return wanted != nullptr && std::strcmp(wanted, name_of(walk)) == 0;
 }
 
-/// What the plan asks of an engine of tier 1.
-struct EngineNeeds {
+/// What the plan asks of a kernel of the block walk.
+struct BlockNeeds {
   int64_t shared_bytes;  // of a block
   int64_t max_waves;
   int64_t resident;  // blocks that share a multiprocessor
 };
 
-EngineNeeds needs(int64_t shared_bytes, bool all_in_registers, int64_t resident) {
+BlockNeeds needs(int64_t shared_bytes, bool all_in_registers, int64_t resident) {
   return {shared_bytes, all_in_registers ? kMaxWaves : kMaxWavesOfShared, resident};
 }
 
-/// Of the engine for layers of H units, if there is one. In float, `rows` of the batch go to each
+/// Of the kernel for layers of H units, if there is one. In float, `rows` of the batch go to each
 /// block.
-std::optional<EngineNeeds> engine_for(Type type, int64_t H, int rows) {
+std::optional<BlockNeeds> block_for(Type type, int64_t H, int rows) {
   if (type == Type::kDouble) return std::nullopt;
   if (type == Type::kFloat) {
-    for (const FfmaSizes& sizes : kFfmaSizes)
+    for (const BlockFfmaSizes& sizes : kBlockFfmaSizes)
       if (H <= sizes.hidden)
         return needs(sizes.shared_bytes(rows), sizes.in_registers == sizes.lane_weights(),
                      sizes.resident);
     return std::nullopt;
   }
-  for (const MmaSizes& sizes : kMmaSizes)
+  for (const BlockMmaSizes& sizes : kBlockMmaSizes)
     if (H <= sizes.hidden)
       return needs(sizes.shared_bytes(), sizes.in_registers == sizes.tiles(), /*resident=*/1);
   return std::nullopt;
 }
 
-/// How tier 2 runs a layer, and in how many launches.
+/// How groups walk through a layer, and in how many launches.
 struct Groups {
   GroupPlan plan;
   int64_t launches;
@@ -104,36 +103,39 @@ std::optional<Groups> groups_for(const LayerShape& s, const Gpu& gpu) {
 
 }  // namespace
 
+const char* name_of(Walk walk) {
+  return walk == Walk::kSteps ? "steps" : walk == Walk::kBlock ? "block" : "group";
+}
+
 Plan plan_layer(const LayerShape& s, const Gpu& gpu) {
   Plan plan{};
-  const auto engine = [&] { return engine_for(s.type, s.H, plan.block_rows); };
+  const auto block = [&] { return block_for(s.type, s.H, plan.block_rows); };
   const auto waves = [&](int64_t rows) {
-    const int64_t resident = engine() ? engine()->resident : 1;
+    const int64_t resident = block() ? block()->resident : 1;
     return divide_up(divide_up(s.B, rows) * s.directions, gpu.multiprocessors * resident);
   };
-  const auto fits = [&] { return engine() && engine()->shared_bytes <= gpu.shared_bytes; };
+  const auto fits = [&] { return block() && block()->shared_bytes <= gpu.shared_bytes; };
   // As few rows in a block as let all blocks run at the same time, or as many as fit.
-  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kFfmaRows;
-  while (plan.block_rows > 1 && engine() && !fits()) plan.block_rows /= 2;
+  plan.block_rows = waves(1) <= 1 ? 1 : waves(2) <= 1 ? 2 : kBlockFfmaRows;
+  while (plan.block_rows > 1 && block() && !fits()) plan.block_rows /= 2;
   const bool can = gpu.major >= 8 && s.T <= kMaxSteps;
   const bool can_block = can && s.H >= 1 && fits();
   const int64_t rows = element_size(s.type) == 2 ? 8 : plan.block_rows;
-  const bool block_pays = can_block && s.T >= kMinSteps && waves(rows) <= engine()->max_waves;
+  const bool block_pays = can_block && s.T >= kMinSteps && waves(rows) <= block()->max_waves;
   const std::optional<Groups> groups = can ? groups_for(s, gpu) : std::nullopt;
   const bool groups_pay =
       groups && s.T >= kMinSteps &&
       groups->launches <= (s.type == Type::kFloat ? kMaxGroupLaunchesInFloat : kMaxGroupLaunches);
-  const char* wanted = wanted_tier();
-  if (is_tier(wanted, "0"))
-    plan.tier = Tier::kSteps;
-  else if (is_tier(wanted, "2") && groups)
-    plan.tier = Tier::kGroup;
-  else if (block_pays || (is_tier(wanted, "1") && can_block))
-    plan.tier = Tier::kBlock;
+  if (is_wanted(Walk::kSteps))
+    plan.walk = Walk::kSteps;
+  else if (is_wanted(Walk::kGroup) && groups)
+    plan.walk = Walk::kGroup;
+  else if (block_pays || (is_wanted(Walk::kBlock) && can_block))
+    plan.walk = Walk::kBlock;
   else
-    plan.tier = groups_pay ? Tier::kGroup : Tier::kSteps;
+    plan.walk = groups_pay ? Walk::kGroup : Walk::kSteps;
   if (groups) plan.groups = groups->plan;
-  plan.fuse_input = plan.tier == Tier::kBlock && s.I >= 1 && s.I <= kMaxFusedInput;
+  plan.fuse_input = plan.walk == Walk::kBlock && s.I >= 1 && s.I <= kMaxFusedInput;
   const int64_t step_bytes =
       std::max<int64_t>(1, s.B * s.H * s.directions * std::max<int64_t>(4, element_size(s.type)));
   const int64_t bytes = std::min(kChunkBytes, std::max(gpu.small_bytes, s.T * step_bytes / kParts));

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "recurrence.h"
+#include "kernels/recurrence.h"
 
 namespace fastrnn::cuda {
 
@@ -24,17 +24,21 @@ struct Gpu {
   int64_t small_bytes = 8 << 20;
 };
 
-enum class Tier {
-  kSteps = 0,  // a product by cuBLAS in each step
-  kBlock = 1,  // a block of threads keeps W_hh and walks through all steps
-  kGroup = 2,  // a group of blocks does
+/// Who walks through the steps: see recurrence.h.
+enum class Walk {
+  kSteps,  // the host: a product by cuBLAS and a kernel in each step
+  kBlock,  // a block of threads, which keeps W_hh
+  kGroup,  // a group of blocks, which share W_hh
 };
 
+/// "steps", "block" or "group".
+const char* name_of(Walk walk);
+
 struct Plan {
-  Tier tier;
-  int block_rows;       // tier 1 in float: rows of the batch in each block
-  GroupPlan groups;     // tier 2
-  bool fuse_input;      // tier 1 forward: x * W_ih^T in the kernel; else one product before
+  Walk walk;
+  int block_rows;       // block walk in float: rows of the batch in each block
+  GroupPlan groups;     // group walk
+  bool fuse_input;      // block walk, forward: x * W_ih^T in the kernel; else one product before
   int64_t chunk_steps;  // steps whose addends, or deltas, are in memory at a time
 };
 

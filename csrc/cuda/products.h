@@ -1,41 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products by cuBLAS itself. PyTorch's own obey the settings of torch.matmul, which are those of
-// the whole process and not nn.RNN's, and cost a step of tier 0 more than its kernel. Includes no
-// CUDA header: tests replace products.cpp by a twin for the CPU (tests/cuda_engine.cpp).
+// Products of tensors, by cuBLAS.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
-#include <cstdint>
+#include <ATen/core/Tensor.h>
 
 namespace fastrnn::cuda {
 
-/// [rows, columns] in device memory, both at least 1. The numbers of a row are adjacent and rows
-/// begin `stride` apart, at least `columns`; with column_major columns are what rows are else.
-struct Matrix {
-  const void* data;
-  int64_t rows, columns, stride;
-  bool column_major = false;
-};
-
-/// Multiplies on the device and stream that are current when it is made, until PyTorch's BLAS is
-/// used again in this thread.
-class Multiplier {
- public:
-  /// For matrices of `type`; results are of `type` or, as the sums are, of compute_type(type).
-  /// Unless it must be `exact`, float is rounded to TF32 in large products where nn.RNN may do
-  /// that.
-  Multiplier(at::ScalarType type, at::ScalarType result, bool exact = false);
-
-  /// out = a b, or out += a b. out is row-major, its rows begin `stride` apart.
-  void operator()(const Matrix& a, const Matrix& b, void* out, int64_t stride,
-                  bool accumulate = false) const;
-
- private:
-  const at::ScalarType type_, result_;
-  void* handle_;
-  bool tf32_;
-};
+/// out = a b, or out += a b; sums are in float, of double in double. a and b are matrices of one
+/// type and any strides. out is of that type or compute_type, and the numbers of a row are
+/// adjacent. Unless it must be `exact`, float may be rounded to TF32: see Multiplier.
+void product_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                 bool accumulate = false, bool exact = false);
+/// a b, of compute_type.
+at::Tensor float_product(const at::Tensor& a, const at::Tensor& b);
+/// sum += a b; the first one makes it, of compute_type.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace fastrnn::cuda

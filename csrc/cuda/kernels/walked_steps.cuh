@@ -9,11 +9,11 @@
 namespace fastrnn::cuda {
 
 /// The steps of the rows of the batch from `row` on, and which rows are alive at them.
-struct Walk {
+struct WalkedSteps {
   const Steps& steps;
   int count, first, stride;  // how many steps; the first one, 1 or -1 to the next
 
-  __device__ __forceinline__ Walk(const Steps& s, const RecurrenceDirection& d, int64_t row)
+  __device__ __forceinline__ WalkedSteps(const Steps& s, const RecurrenceDirection& d, int64_t row)
       : steps(s), stride(d.descending ? -1 : 1) {
     // Rows are sorted by length: the steps at which `row` is alive are [0, alive).
     int64_t alive = d.end;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The products of tier 2's warps: a tile of W by words of s, in each type.
+// What a warp of the group walk multiplies: a tile of W by words of s, in each type.
 #pragma once
 
 #include "primitives.cuh"

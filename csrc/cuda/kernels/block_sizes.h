@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The sizes of tier 1's engines: kernels are made from them, and the plan asks what they take.
-// Needs no CUDA.
+// The sizes of the block walk's kernels. Kernels are made from them, and the plan asks what they
+// take. Needs no CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace fastrnn::cuda {
 
-/// An engine of block_mma.cu, for layers of up to `hidden` units.
-struct MmaSizes {
+/// A kernel of block_mma.cu, for layers of up to `hidden` units.
+struct BlockMmaSizes {
   int hidden;  // a multiple of 16: `tiles` of 16 units
   int own;     // tiles of units that each warp computes, a part of all; every warp reads all of s
   int in_registers;  // tiles along k whose weights registers hold; shared memory has the others'
@@ -31,12 +31,12 @@ struct MmaSizes {
 
 /// By size. Large layers give each warp two tiles, for the traffic of s; the largest leave part of
 /// the weights in shared memory.
-constexpr MmaSizes kMmaSizes[] = {
+constexpr BlockMmaSizes kBlockMmaSizes[] = {
     {32, 1, 2}, {64, 1, 4}, {128, 2, 8}, {192, 2, 12}, {256, 2, 16}, {320, 2, 9}, {384, 2, 10},
 };
 
-/// An engine of block_ffma.cu, for layers of up to `hidden` units.
-struct FfmaSizes {
+/// A kernel of block_ffma.cu, for layers of up to `hidden` units.
+struct BlockFfmaSizes {
   int hidden;
   int units;         // that four lanes share, 2 or 4
   int in_registers;  // of the hidden / 4 weights of a unit that each lane has; shared memory has
@@ -54,10 +54,10 @@ struct FfmaSizes {
 /// By size. Four units to a lane where it has registers for their weights: each warp reads all of
 /// s, so that the fewer there are, the less is read. The largest keeps more registers for weights
 /// by having fewer threads.
-constexpr FfmaSizes kFfmaSizes[] = {
+constexpr BlockFfmaSizes kBlockFfmaSizes[] = {
     {32, 2, 8, 8}, {64, 2, 16, 4}, {128, 4, 32, 2}, {192, 2, 48, 1}, {256, 4, 40, 1},
 };
 /// Most rows of the batch in a block.
-constexpr int kFfmaRows = 4;
+constexpr int kBlockFfmaRows = 4;
 
 }  // namespace fastrnn::cuda

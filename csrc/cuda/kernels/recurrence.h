@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "../activation.h"
+#include "../../activation.h"
 #include "group_sizes.h"
 
 namespace fastrnn::cuda {
@@ -66,27 +66,30 @@ struct RecurrenceArgs {
   RecurrenceDirection direction[2];
 };
 
-/// Tier 1: a block of threads keeps W_hh in registers, of large layers a part in shared memory, and
-/// walks through all steps with its part of the batch, for H up to the largest of block_sizes.h. In
-/// 16 bits on tensor cores, with float accumulation; in float `rows` of the batch go to each block
-/// (1, 2 or 4).
-const char* mma_recurrence(const RecurrenceArgs& args, Stream stream);
-const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream);
-/// Features of x that tier 1 multiplies itself.
+// There are three ways to walk through the steps. They differ in who keeps W_hh.
+
+/// The block walk. A block of threads owns some rows of the batch and walks through all steps with
+/// them. It keeps W_hh in registers, of large layers a part in shared memory. H is at most the
+/// largest of block_sizes.h. block_mma: in 16 bits, by tensor cores, sums in float. block_ffma: in
+/// float, by ordinary multiply-adds; each block owns `rows` rows (1, 2 or 4).
+const char* block_mma(const RecurrenceArgs& args, Stream stream);
+const char* block_ffma(const RecurrenceArgs& args, int rows, Stream stream);
+/// Features of x that the block walk multiplies itself.
 constexpr int kMaxFusedInput = 2;
 
-/// Tier 2: blocks that run at the same time share a layer; each keeps the weights of a few units in
-/// registers, and s travels between them in global memory. In 16 bits and float, for H up to the
-/// largest of group_sizes.h. Groups that do not run at the same time do so in one launch after the
-/// other. `out` must be filled with bytes 0xff, which blocks wait to see replaced. addend and
-/// final_state are not `out` or `state`. H, and the strides of `out`, are multiples of
-/// kGroupAlignment bytes; so are its address and that of state. The batch has kMaxGroupRows rows at
-/// most.
-const char* group_recurrence(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream);
+/// The group walk. A group of blocks, which run at the same time, owns some rows of the batch and
+/// shares W_hh: each block keeps the weights of a few units in registers, and s travels between
+/// the blocks in global memory. In 16 bits and in float, both by tensor cores. H is at most the
+/// largest of group_sizes.h. Groups that do not fit on the GPU together run in one launch after the
+/// other. `out` must be filled with bytes 0xff: kAwaited in primitives.cuh. addend and final_state
+/// are not `out` or `state`. H and the strides of `out` are multiples of kGroupAlignment bytes, and
+/// so are the addresses of `out` and state. The batch has kMaxGroupRows rows at most.
+const char* group_mma(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream);
 constexpr int kGroupAlignment = 16;
 constexpr int64_t kMaxGroupRows = 1 << 30;
 
-/// Tier 0, after the product of each step: for rows [0, rows) of one step and direction
+/// The steps walk has no kernel for the whole sequence: it launches a product and this for each
+/// step. For rows [0, rows) of one step and direction
 ///   out = f( addend + product + b_ih + b_hh )  or, backward,  ( addend + product ) f'(y)
 /// Rows from product_rows on have no product, and in backward start with grad_h_n instead.
 struct StepArgs {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1 in 16 bits, on tensor cores. Per step and block, sums^T [H, 8] = W^T [H, H] s^T [H, 8]:
-// the weights are the mma's first operand, whose registers are loaded once, and eight rows of the
-// batch its second, so that one row costs what eight do.
+// The block walk in 16 bits, by tensor cores. Per step and block, sums^T [H, 8] = W^T [H, H] s^T
+// [H, 8]: the weights are the mma's first operand, whose registers are loaded once, and eight rows
+// of the batch its second, so that one row costs what eight do.
 #include <iterator>
 
-#include "block_recurrence.cuh"
 #include "block_sizes.h"
+#include "block_walk.cuh"
 
 namespace fastrnn::cuda {
 
@@ -17,10 +17,10 @@ struct __align__(16) Fragment {
   uint32_t pair[4];
 };
 
-/// Of size kMmaSizes[kSize].
+/// Of size kBlockMmaSizes[kSize].
 template <typename T, int kSize>
-class MmaEngine {
-  static constexpr MmaSizes kSizes = kMmaSizes[kSize];
+class MmaProduct {
+  static constexpr BlockMmaSizes kSizes = kBlockMmaSizes[kSize];
   static constexpr int kTiles = kSizes.tiles(), kOwn = kSizes.own;
   static constexpr int kInRegisters = kSizes.in_registers, kStaged = kSizes.staged();
   static constexpr int kPlaces = kSizes.places();
@@ -36,12 +36,13 @@ class MmaEngine {
   static constexpr int kStateStride = kSizes.row_stride(), kStateSize = kRows * kStateStride;
   static constexpr size_t kSharedBytes = kSizes.shared_bytes();
 
-  __device__ __forceinline__ MmaEngine()
+  __device__ __forceinline__ MmaProduct()
       : lane_(computed_once(static_cast<int>(threadIdx.x % 32))),
         warp_(threadIdx.x / 32),
         operand_(computed_once(lane_ / 4 * kStateStride + lane_ % 4 * 2)) {}
 
-  // A thread's first element: see mma() in primitives.cuh.
+  // As mma() in primitives.cuh deals out its sums: lane 4 g + q has rows 2 q and 2 q + 1 of units g
+  // and g + 8 of each of its warp's tiles.
   __device__ __forceinline__ int row() const { return lane_ % 4 * 2; }
   __device__ __forceinline__ int unit() const { return warp_ * kOwn * 16 + lane_ / 4; }
 
@@ -126,17 +127,17 @@ class MmaEngine {
   Fragment w_[kOwn][kInRegisters];
 };
 
-/// By the smallest engine for H units.
+/// By the smallest kernel for H units.
 template <typename T, int kSize = 0>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  if constexpr (kSize + 1 < static_cast<int>(std::size(kMmaSizes)))
-    if (args.H > kMmaSizes[kSize].hidden) return run<T, kSize + 1>(args, stream);
-  return run_block_recurrence<MmaEngine<T, kSize>>(args, stream);
+  if constexpr (kSize + 1 < static_cast<int>(std::size(kBlockMmaSizes)))
+    if (args.H > kBlockMmaSizes[kSize].hidden) return run<T, kSize + 1>(args, stream);
+  return run_blocks<MmaProduct<T, kSize>>(args, stream);
 }
 
 }  // namespace
 
-const char* mma_recurrence(const RecurrenceArgs& args, Stream stream) {
+const char* block_mma(const RecurrenceArgs& args, Stream stream) {
   return args.type == Type::kHalf ? run<Half>(args, stream) : run<BFloat16>(args, stream);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What surrounds the products of tier 0, one thread for each number: any type, any size.
+// What surrounds the products of the steps walk, one thread for each number: any type, any size.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

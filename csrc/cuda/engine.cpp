@@ -8,7 +8,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "layer_cuda.h"
+#include "call_offsets.h"
+#include "engine.h"
 
 namespace fastrnn {
 
@@ -49,6 +50,7 @@ ForwardResult rnn_forward_cuda(const Tensor& input, const OptionalTensor& hx,
                                bool bidirectional, bool keep) {
   const c10::OptionalDeviceGuard guard(input.device());
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  const cuda::CallOffsets offsets;
   return forward_layers(kEngine, input, hx, weights, batch_sizes, options, keep);
 }
 
@@ -60,6 +62,7 @@ BackwardResult rnn_backward_cuda(const OptionalTensor& grad_output, const Option
                                  c10::List<bool> needs) {
   const c10::OptionalDeviceGuard guard(input.device());
   const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+  const cuda::CallOffsets offsets;
   return backward_layers(kEngine, grad_output, grad_h_n, input, hx, weights, batch_sizes,
                          layer_outputs, options, needs);
 }

@@ -1,40 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 2: a group of blocks shares a layer that one multiprocessor cannot hold. Each block keeps
-// the weights of a few units in registers and walks through all steps with the group's rows of the
-// batch; s travels from block to block in global memory, by way of the L2 cache.
+// The group walk. A group of blocks shares a layer that one multiprocessor cannot hold. It owns a
+// few rows of the batch. Each of its blocks keeps the weights of a few units in registers and walks
+// through all steps; s travels from block to block in global memory, by way of the L2 cache.
 //
-// The state of a step is the output of the step before, so blocks read it there, and it is its own
-// signal: `out` is filled with kAwaited before, a number that no block writes, and a warp reads
-// what it needs again and again until nothing of it is kAwaited. There is no barrier between
-// blocks, no flag and no buffer that is used twice. All blocks of a launch must be resident at the
-// same time.
+// The state of a step is the output of the step before, so blocks read it there. It is its own
+// signal: a warp reads what it needs again and again until nothing of it is kAwaited (see
+// primitives.cuh). There is no barrier between blocks, no flag and no buffer that is used twice.
+// All blocks of a launch must be resident at the same time.
 //
-// Within a block each of the warps multiplies a part of s, by tensor cores:
-//   sums^T [units, rows] += W[units, part] s^T[part, rows]
-// and the parts are added up in shared memory: one barrier per step.
+// Who owns what, with kUnits = 32 (kTiles = 2 tiles of 16 units), kRows = 16 (kRowTiles = 2 tiles
+// of 8 rows) and n blocks in a group:
+//
+//   The sums of a step, [B, H], in one direction (blockIdx.y). A cell is what a block computes.
+//
+//                        unit 0 .. 31     32 .. 63          H
+//                       +---------------+---------------+-- .. --+
+//     group 0, row  0   | blockIdx.x 0  | blockIdx.x 1  |        |
+//                  15   |               |               |        |
+//                       +---------------+---------------+-- .. --+
+//     group 1, row 16   | blockIdx.x n  |  n + 1        |        |
+//                  31   |               |               |        |
+//                       +---------------+---------------+-- .. --+
+//
+//   A block multiplies s^T by its rows of W_hh (backward: W_hh^T), by tensor cores. Along k, s is
+//   cut into chunks of kChunk units, 64 bytes. The warps take them in turn, kChunks each at most.
+//
+//       k   chunk 0   chunk 1          chunk 7   chunk 8
+//          +---------+---------+- .. -+---------+---------+- ..
+//          | warp 0  | warp 1  |      | warp 7  | warp 0  |
+//          +---------+---------+- .. -+---------+---------+- ..
+//
+//   In each chunk of its warp, lane 4 g + q
+//     reads 16 bytes of s, the q-th of the chunk, in row g of each tile of rows,
+//     holds the weights that meet them, of units g and g + 8 of each tile of units,
+//     gets sums of these units, in rows 2 q and 2 q + 1 of each tile of rows.
+//   The sums of all warps meet in shared memory, parts [warp][row][unit]: one barrier per step.
+//
+//   Thread t adds up the parts and finishes kOutputs sums: one unit, in rows kRowStep apart.
+//
+//               unit 0     1    ..   31
+//       row 0   t  = 0     1    ..   31
+//           1       32    33    ..   63
+//           7      224   225    ..  255
+//           8        0     1    ..   31      kRowStep = 8
 #pragma once
 
 #include "activation.cuh"
 #include "group_product.cuh"
 #include "group_sizes.h"
 #include "launch.cuh"
-#include "walk.cuh"
+#include "walked_steps.cuh"
 
 namespace fastrnn::cuda {
 
 /// One thread's part of a block's walk. A thread has two roles: as a lane of a warp it multiplies
-/// fragments (see mma() in primitives.cuh), and it finishes the sums of kOutputs rows of one unit.
-/// Each of the kGroupWarps takes every kGroupWarps-th chunk of s, kChunks at most.
+/// fragments (see mma() in primitives.cuh), and as thread t it finishes the sums of kOutputs rows
+/// of one unit.
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
-class GroupRecurrence {
+class GroupWalk {
  public:
   static constexpr int kThreads = 32 * kGroupWarps, kUnits = 16 * kTiles, kRows = 8 * kRowTiles;
   // Four numbers more than a row of sums, so that lanes write to different banks.
   static constexpr int kPartStride = kUnits + 4, kPartSize = kRows * kPartStride;
   static constexpr size_t kSharedBytes = (2 * kGroupWarps * kPartSize + 1) * sizeof(float);
 
-  __device__ __forceinline__ GroupRecurrence(const RecurrenceArgs& args, int first_group)
+  __device__ __forceinline__ GroupWalk(const RecurrenceArgs& args, int first_group)
       : d_(args.direction[blockIdx.y]),
         B_(static_cast<int>(args.steps.B)),
         H_(static_cast<int>(args.H)),
@@ -89,7 +120,6 @@ class GroupRecurrence {
   static_assert(kChunks % kAtOnce == 0);
   // So many tiles at most are read again and again while none is there; of more, the first chunk's.
   static constexpr int kMostInVain = 4;
-  static constexpr uint32_t kAwaited = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
 
   /// A tile's sums in parts, where tiles are few: an mma waits for the one before that adds to the
   /// same part.
@@ -296,7 +326,7 @@ class GroupRecurrence {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = words.word[i];
       if (kWordNumbers == 1)
-        found |= word == kAwaited;
+        found |= word == kAwaited<T>;
       else
         found |= (~word - 0x00010001u) & word & 0x80008000u;  // a half of it is kAwaited
     }
@@ -323,10 +353,6 @@ class GroupRecurrence {
         static_cast<T*>(d_.final_state)[place] = s;
     }
   }
-  /// A NaN of other bits in place of what kAwaited is.
-  static __device__ __forceinline__ T not_awaited(T s) {
-    return bits_of(s) == kAwaited ? from_bits<T>(kAwaited >> 1) : s;
-  }
 
   /// Rows that were not alive in any of the steps.
   __device__ __forceinline__ void keep_state_of_idle_rows() const {
@@ -346,7 +372,7 @@ class GroupRecurrence {
   const Activation activation_;
   const int blocks_, unit0_;  // of the group; the first unit of this block
   const int row0_;            // the group's first row of the batch
-  const Walk walk_;
+  const WalkedSteps walk_;
   const int warp_, lane_;
   const int unit_, row_;  // of this thread's outputs, and of the first of them
   const View addend_, y_, out_;
@@ -362,22 +388,22 @@ class GroupRecurrence {
 
 template <typename T, bool kBackward, int kTiles, int kChunks, int kRowTiles>
 __global__ void __launch_bounds__(32 * kGroupWarps, 1)
-    group_recurrence(const __grid_constant__ RecurrenceArgs args, int first_group) {
-  GroupRecurrence<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
+    group_walk(const __grid_constant__ RecurrenceArgs args, int first_group) {
+  GroupWalk<T, kBackward, kTiles, kChunks, kRowTiles>(args, first_group).run();
 }
 
 /// `groups` of so many blocks at a time, as many as are resident at the same time.
 template <typename T, int kTiles, int kChunks, int kRowTiles>
 const char* run_groups(const RecurrenceArgs& args, int64_t blocks, int64_t groups, Stream stream) {
-  using Kernel = GroupRecurrence<T, false, kTiles, kChunks, kRowTiles>;
+  using Kernel = GroupWalk<T, false, kTiles, kChunks, kRowTiles>;
   const int64_t all = (args.steps.B + Kernel::kRows - 1) / Kernel::kRows;
   LaunchShape shape;
   shape.blocks_y = args.directions;
   shape.threads = Kernel::kThreads;
   shape.shared_bytes = Kernel::kSharedBytes;
   shape.resident = true;
-  const auto kernel = args.backward ? group_recurrence<T, true, kTiles, kChunks, kRowTiles>
-                                    : group_recurrence<T, false, kTiles, kChunks, kRowTiles>;
+  const auto kernel = args.backward ? group_walk<T, true, kTiles, kChunks, kRowTiles>
+                                    : group_walk<T, false, kTiles, kChunks, kRowTiles>;
   for (int64_t first = 0; first < all; first += groups) {
     const int64_t count = all - first < groups ? all - first : groups;
     shape.blocks_x = static_cast<unsigned>(count * blocks);

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1 in float, by ordinary multiply-adds. Four neighbouring lanes share two or four units of
-// the layer: each holds a quarter of their weights and adds up that part of the sums.
+// The block walk in float, by ordinary multiply-adds. Four neighbouring lanes share two or four
+// units of the layer: each holds a quarter of their weights and adds up that part of the sums.
 #include <iterator>
 
-#include "block_recurrence.cuh"
 #include "block_sizes.h"
+#include "block_walk.cuh"
 
 namespace fastrnn::cuda {
 
 namespace {
 
-/// Of size kFfmaSizes[kSize]. kBatch: rows of the batch in a block, 1, 2 or 4.
+/// Of size kBlockFfmaSizes[kSize]. kBatch: rows of the batch in a block, 1, 2 or 4.
 template <int kSize, int kBatch>
-class FfmaEngine {
-  static constexpr FfmaSizes kSizes = kFfmaSizes[kSize];
+class FfmaProduct {
+  static constexpr BlockFfmaSizes kSizes = kBlockFfmaSizes[kSize];
   static constexpr int kLanes = 4, kUnits = kSizes.units, kLaneWeights = kSizes.lane_weights();
   static constexpr int kInRegisters = kSizes.in_registers;
   static_assert(kSizes.hidden % (8 * kUnits) == 0, "whole warps");
@@ -32,7 +32,7 @@ class FfmaEngine {
   static constexpr int kStateStride = kSizes.hidden, kStateSize = kRows * kStateStride;
   static constexpr size_t kSharedBytes = kSizes.shared_bytes(kBatch);
 
-  __device__ __forceinline__ FfmaEngine()
+  __device__ __forceinline__ FfmaProduct()
       : lane_(computed_once(static_cast<int>(threadIdx.x % kLanes))),
         units_(threadIdx.x / kLanes * kUnits) {}
 
@@ -157,24 +157,24 @@ class FfmaEngine {
   float w_[kUnits][kInRegisters];
 };
 
-/// By the smallest engine for H units.
+/// By the smallest kernel for H units.
 template <int kBatch, int kSize = 0>
 const char* run(const RecurrenceArgs& args, Stream stream) {
-  if constexpr (kSize + 1 < static_cast<int>(std::size(kFfmaSizes)))
-    if (args.H > kFfmaSizes[kSize].hidden) return run<kBatch, kSize + 1>(args, stream);
-  return run_block_recurrence<FfmaEngine<kSize, kBatch>>(args, stream);
+  if constexpr (kSize + 1 < static_cast<int>(std::size(kBlockFfmaSizes)))
+    if (args.H > kBlockFfmaSizes[kSize].hidden) return run<kBatch, kSize + 1>(args, stream);
+  return run_blocks<FfmaProduct<kSize, kBatch>>(args, stream);
 }
 
 }  // namespace
 
-const char* ffma_recurrence(const RecurrenceArgs& args, int rows, Stream stream) {
+const char* block_ffma(const RecurrenceArgs& args, int rows, Stream stream) {
   switch (rows) {
     case 1:
       return run<1>(args, stream);
     case 2:
       return run<2>(args, stream);
     default:
-      return run<kFfmaRows>(args, stream);
+      return run<kBlockFfmaRows>(args, stream);
   }
 }
 

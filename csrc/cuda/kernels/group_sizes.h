@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The sizes of tier 2's kernels: they are made from them, and the plan asks what they take. Needs
-// no CUDA.
+// The sizes of the group walk's kernels. Kernels are made from them, and the plan asks what they
+// take. Needs no CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace fastrnn::cuda {
 
-/// Kernels of group_recurrence.cuh for layers of up to `hidden` units. A group takes 1, 2 or 4
+/// Kernels of group_mma.cu for layers of up to `hidden` units. A group takes 1, 2 or 4
 /// tiles of 8 rows of the batch.
 struct GroupSizes {
   int hidden;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernels of tier 2: by type, size and rows of a group.
+// The kernels of the group walk: by type, size and rows of a group.
 #include <iterator>
 
-#include "group_recurrence.cuh"
+#include "group_walk.cuh"
 
 namespace fastrnn::cuda {
 
@@ -36,7 +36,7 @@ const char* run(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream
 
 }  // namespace
 
-const char* group_recurrence(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream) {
+const char* group_mma(const RecurrenceArgs& args, const GroupPlan& plan, Stream stream) {
   switch (args.type) {
     case Type::kHalf:
       return run<Half>(args, plan, stream);

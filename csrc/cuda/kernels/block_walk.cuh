@@ -1,51 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tier 1: one block of threads keeps W_hh in registers, and of large layers a part in shared
-// memory, and walks through all steps with a few rows of the batch. Blocks never talk to one
-// another; the batch is split over the multiprocessors.
+// The block walk. One block of threads owns a few rows of the batch and walks through all steps
+// with them. It keeps W_hh in registers, of large layers a part in shared memory. Blocks never talk
+// to one another.
 //
-// An Engine is the product s W of one step: it says which of the sums [rows, H] each thread gets
-// and reads s from shared memory. A thread's sums, its "elements", are kThreadRows rows, kRowStep
-// apart, of kThreadUnits units, kUnitStep apart. What surrounds the product is here, the same for
-// all engines and for forward and backward: each thread loads the addends of its elements some
-// steps ahead, adds and activates, writes s for the next step to the other one of two buffers, and
-// to the output. One barrier per step.
+// A BlockProduct multiplies s by W_hh and leaves the sums [rows, H] in registers; a thread's sums
+// are its elements. All else is here, the same for every product, forward and backward. Each thread
+// loads the addends of its elements some steps ahead, adds and activates. It writes s to the other
+// one of two buffers in shared memory, for the next step, and to the output. One barrier per step.
 //
-// Instructions between two products are what a small layer waits for: nothing that is the same in
-// all steps is computed in them, and no branch is taken but by all elements at once.
+// A small layer waits for the instructions between two products. So nothing that is the same in all
+// steps is computed there, and all elements take a branch together or not at all.
 #pragma once
 
+#include <concepts>
 #include <type_traits>
 
 #include "activation.cuh"
 #include "launch.cuh"
-#include "walk.cuh"
+#include "walked_steps.cuh"
 
 namespace fastrnn::cuda {
 
+/// What the block walk asks of the product s W_hh of one step: MmaProduct in block_mma.cu,
+/// FfmaProduct in block_ffma.cu. A block has kThreads threads and kRows rows of the batch. Each of
+/// the sums [kRows, H] belongs to one thread. Element (r, u) of a thread, r < kThreadRows and
+/// u < kThreadUnits, is the sum of
+///
+///   row  row() + r * kRowStep  of the block,  unit  unit() + u * kUnitStep  of the layer.
+///
+/// It may lie outside of [kRows, H]: nobody reads it then.
+template <class P>
+concept BlockProduct =
+    std::default_initializable<P> &&
+    requires(P product, const P& loaded, const typename P::Element* numbers, int H, bool transposed,
+             float (&sums)[P::kThreadRows][P::kThreadUnits]) {
+      typename P::Element;  // of s, W_hh and the output
+      requires P::kRows > 0 && P::kThreads % 32 == 0;
+      requires P::kRowStep > 0 && P::kUnitStep > 0;
+      requires P::kThreadRows* P::kThreadUnits < 32;  // sets of elements are bits of a register
+      requires P::kTogether > 0;                      // steps whose inputs are loaded together
+      // Shared memory begins with two buffers of s: kStateSize numbers, rows kStateStride apart.
+      // The rest of the kSharedBytes is the product's own.
+      requires P::kRows* P::kStateStride <= P::kStateSize;
+      requires P::kSharedBytes >= 2 * P::kStateSize * sizeof(typename P::Element);
+
+      { loaded.row() } -> std::same_as<int>;
+      { loaded.unit() } -> std::same_as<int>;
+      // Once, before all steps, from W_hh [H, H]: for s W_hh^T or, transposed, for s W_hh.
+      product.load_weights(numbers, H, transposed);
+      // The sums of the thread's elements, from a buffer of s. It is 0 from column H on.
+      loaded.multiply(numbers, sums);
+    };
+
 /// One thread's part of a block's walk. Sets of its elements are bits: see bit().
 /// kFeatures: x is given in place of addends, and has so many features at most; else 0.
-template <class Engine, bool kBackward, int kFeatures>
-class BlockRecurrence {
+template <BlockProduct Product, bool kBackward, int kFeatures>
+class BlockWalk {
  public:
-  __device__ __forceinline__ explicit BlockRecurrence(const RecurrenceArgs& args)
+  __device__ __forceinline__ explicit BlockWalk(const RecurrenceArgs& args)
       : args_(args),
         d_(args.direction[blockIdx.y]),
-        row0_(static_cast<int64_t>(blockIdx.x) * Engine::kRows),
+        row0_(static_cast<int64_t>(blockIdx.x) * Product::kRows),
         I_(static_cast<int>(args.I)),
         H_(static_cast<int>(args.H)),
         walk_(args.steps, d_, row0_),
-        addend_(view_of(d_.addend, sizeof(Addend), engine_.unit())),
+        addend_(view_of(d_.addend, sizeof(Addend), product_.unit())),
         x_(view_of(d_.x, sizeof(Element), 0)),
-        y_(view_of(d_.y, sizeof(Element), engine_.unit())),
-        out_(view_of(d_.out, sizeof(Element), engine_.unit())),
+        y_(view_of(d_.y, sizeof(Element), product_.unit())),
+        out_(view_of(d_.out, sizeof(Element), product_.unit())),
         columns_(computed_once(columns())),
         all_(computed_once(among(args.steps.B))),
         state_(static_cast<Element*>(shared_memory())),
-        own_(computed_once(engine_.row() * Engine::kStateStride + engine_.unit())) {}
+        own_(computed_once(product_.row() * Product::kStateStride + product_.unit())) {}
 
   __device__ __forceinline__ void run() {
-    engine_.load_weights(static_cast<const Element*>(d_.w_hh), H_, /*transposed=*/kBackward);
+    product_.load_weights(static_cast<const Element*>(d_.w_hh), H_, /*transposed=*/kBackward);
     fill_state();
     load_bias();
     load_input_weights();
@@ -73,12 +103,12 @@ class BlockRecurrence {
   }
 
  private:
-  using Element = typename Engine::Element;
+  using Element = typename Product::Element;
   using Addend = std::conditional_t<kBackward, Element, float>;
-  static constexpr int kThreadRows = Engine::kThreadRows, kThreadUnits = Engine::kThreadUnits;
-  static constexpr int kTogether = Engine::kTogether;  // steps whose inputs are loaded together
+  static constexpr int kThreadRows = Product::kThreadRows, kThreadUnits = Product::kThreadUnits;
+  static constexpr int kTogether = Product::kTogether;  // steps whose inputs are loaded together
   static constexpr int64_t kFarthestRow =
-      (kThreadRows - 1) * int64_t{Engine::kRowStep} * kMaxRowStride * 4;  // bytes
+      (kThreadRows - 1) * int64_t{Product::kRowStep} * kMaxRowStride * 4;  // bytes
   static_assert(kFarthestRow <= UINT32_MAX, "a View's rows are within 32 bits");
 
   /// A sequence as the thread sees it.
@@ -115,10 +145,10 @@ class BlockRecurrence {
   }
 
   __device__ __forceinline__ View view_of(const Sequence& s, int64_t bytes, int unit) const {
-    const int64_t row = row0_ + engine_.row();
+    const int64_t row = row0_ + product_.row();
     return {computed_once(static_cast<char*>(s.data) + (row * s.row_stride + unit) * bytes),
             computed_once((walk_.packed() ? s.row_stride : s.step_stride) * bytes),
-            computed_once(static_cast<unsigned>(Engine::kRowStep * s.row_stride * bytes))};
+            computed_once(static_cast<unsigned>(Product::kRowStep * s.row_stride * bytes))};
   }
 
   /// Elements whose unit exists.
@@ -132,16 +162,16 @@ class BlockRecurrence {
     return set;
   }
   __device__ __forceinline__ bool has_unit(int u) const {
-    return engine_.unit() + u * Engine::kUnitStep < H_;
+    return product_.unit() + u * Product::kUnitStep < H_;
   }
   /// Elements among the first `rows` rows of the batch.
   __device__ __forceinline__ unsigned among(int64_t rows) const {
     const int64_t left = rows - row0_;
-    const int here = static_cast<int>(left < Engine::kRows ? left : Engine::kRows);
+    const int here = static_cast<int>(left < Product::kRows ? left : Product::kRows);
     unsigned set = 0;
     FASTRNN_UNROLL
     for (int r = 0; r < kThreadRows; ++r)
-      set |= engine_.row() + r * Engine::kRowStep < here ? bits_of_row(r) : 0;
+      set |= product_.row() + r * Product::kRowStep < here ? bits_of_row(r) : 0;
     return set & columns_;
   }
 
@@ -164,26 +194,26 @@ class BlockRecurrence {
   /// Where an element is in a contiguous [B, H] tensor, ...
   template <typename T>
   __device__ __forceinline__ void at_batch(T* tensor, T* (&rows)[kThreadRows]) const {
-    T* const first = tensor + (row0_ + engine_.row()) * H_ + engine_.unit();
+    T* const first = tensor + (row0_ + product_.row()) * H_ + product_.unit();
     FASTRNN_UNROLL
     for (int r = 0; r < kThreadRows; ++r)
-      rows[r] = computed_once(first + r * Engine::kRowStep * H_);
+      rows[r] = computed_once(first + r * Product::kRowStep * H_);
   }
   /// ... and in a buffer of s.
   __device__ __forceinline__ int state_place(int r, int u) const {
-    return own_ + (r * Engine::kRowStep * Engine::kStateStride + u * Engine::kUnitStep);
+    return own_ + (r * Product::kRowStep * Product::kStateStride + u * Product::kUnitStep);
   }
 
   /// Both buffers of s: zero, also where there is no row or column, then the first one as given.
   __device__ __forceinline__ void fill_state() {
-    for (int i = threadIdx.x; i < 2 * Engine::kStateSize; i += Engine::kThreads)
+    for (int i = threadIdx.x; i < 2 * Product::kStateSize; i += Product::kThreads)
       state_[i] = Element{};
     if (d_.state == nullptr) return;
     __syncthreads();
     const Element* given[kThreadRows];
     at_batch(static_cast<const Element*>(d_.state), given);
     for_each(all_,
-             [&](int r, int u) { state_[state_place(r, u)] = given[r][u * Engine::kUnitStep]; });
+             [&](int r, int u) { state_[state_place(r, u)] = given[r][u * Product::kUnitStep]; });
   }
 
   __device__ __forceinline__ void load_bias() {
@@ -191,7 +221,7 @@ class BlockRecurrence {
     for (int u = 0; u < kThreadUnits; ++u) {
       bias_[u] = 0;
       if (kBackward || d_.b_ih == nullptr || !has_unit(u)) continue;
-      const int unit = engine_.unit() + u * Engine::kUnitStep;
+      const int unit = product_.unit() + u * Product::kUnitStep;
       bias_[u] = to_float(static_cast<const Element*>(d_.b_ih)[unit]) +
                  to_float(static_cast<const Element*>(d_.b_hh)[unit]);
     }
@@ -200,7 +230,7 @@ class BlockRecurrence {
   __device__ __forceinline__ void load_input_weights() {
     FASTRNN_UNROLL
     for (int u = 0; u < kThreadUnits; ++u) {
-      const int unit = engine_.unit() + u * Engine::kUnitStep;
+      const int unit = product_.unit() + u * Product::kUnitStep;
       FASTRNN_UNROLL
       for (int i = 0; i < kFeatures; ++i)
         w_ih_[u][i] = has_unit(u) && i < I_
@@ -252,7 +282,7 @@ class BlockRecurrence {
     }
     const unsigned added = d_.addend.data != nullptr ? in.alive : 0;
     for_each([&](int r, int u) {
-      const int unit = u * Engine::kUnitStep;
+      const int unit = u * Product::kUnitStep;
       if (kFeatures == 0) in.addend[r][u] = added & bit(r, u) ? addend[r][unit] : Addend{};
       if (kBackward) in.y[r][u] = in.alive & bit(r, u) ? y[r][unit] : Element{};
     });
@@ -271,16 +301,16 @@ class BlockRecurrence {
   /// A step: reads s from one buffer, writes it to the other one and to the output. `before`:
   /// elements that were alive at the step walked before.
   __device__ __forceinline__ void step(int buffer, const Inputs& in, unsigned before) {
-    const Element* const last = state_ + buffer * Engine::kStateSize;
-    Element* const next = state_ + (1 - buffer) * Engine::kStateSize;
+    const Element* const last = state_ + buffer * Product::kStateSize;
+    Element* const next = state_ + (1 - buffer) * Product::kStateSize;
     float sums[kThreadRows][kThreadUnits];
-    engine_.multiply(last, sums);
+    product_.multiply(last, sums);
     for_each([&](int r, int u) { sums[r][u] = with_addend(sums[r][u], in, r, u); });
     if (kBackward && d_.grad_h_n != nullptr && (in.alive & ~before) != 0) {
       const Element* grad_h_n[kThreadRows];
       at_batch(static_cast<const Element*>(d_.grad_h_n), grad_h_n);
       for_each(in.alive & ~before,
-               [&](int r, int u) { sums[r][u] += to_float(grad_h_n[r][u * Engine::kUnitStep]); });
+               [&](int r, int u) { sums[r][u] += to_float(grad_h_n[r][u * Product::kUnitStep]); });
     }
     if (args_.activation == Activation::kTanh)
       activate_all<Activation::kTanh>(in, sums);
@@ -291,7 +321,7 @@ class BlockRecurrence {
     for_each(in.alive, [&](int r, int u) {
       const Element s = from_float<Element>(sums[r][u]);
       next[state_place(r, u)] = s;
-      out[r][u * Engine::kUnitStep] = s;
+      out[r][u * Product::kUnitStep] = s;
     });
     // A row that has ended, or not begun, keeps its state.
     if (in.alive != all_)
@@ -310,11 +340,11 @@ class BlockRecurrence {
 
   __device__ __forceinline__ void store_final_state() const {
     if (d_.final_state == nullptr) return;
-    const Element* const last = state_ + walk_.count % 2 * Engine::kStateSize;
+    const Element* const last = state_ + walk_.count % 2 * Product::kStateSize;
     Element* final_state[kThreadRows];
     at_batch(static_cast<Element*>(d_.final_state), final_state);
     for_each(all_, [&](int r, int u) {
-      final_state[r][u * Engine::kUnitStep] = last[state_place(r, u)];
+      final_state[r][u * Product::kUnitStep] = last[state_place(r, u)];
     });
   }
 
@@ -322,8 +352,8 @@ class BlockRecurrence {
   const RecurrenceDirection& d_;
   const int64_t row0_;  // the block's first row of the batch
   const int I_, H_;
-  const Walk walk_;
-  Engine engine_;
+  const WalkedSteps walk_;
+  Product product_;
   int64_t first_row_[kTogether] = {}, end_row_[kTogether] = {};  // packed: of the next batch
   const View addend_, x_, y_, out_;
   const unsigned columns_, all_;  // elements whose unit exists, and whose row does, too
@@ -333,23 +363,23 @@ class BlockRecurrence {
   float w_ih_[kThreadUnits][kFeatures + 1];
 };
 
-template <class Engine, bool kBackward, int kFeatures>
-__global__ void __launch_bounds__(Engine::kThreads, 1)
-    block_recurrence(const __grid_constant__ RecurrenceArgs args) {
-  BlockRecurrence<Engine, kBackward, kFeatures>(args).run();
+template <BlockProduct Product, bool kBackward, int kFeatures>
+__global__ void __launch_bounds__(Product::kThreads, 1)
+    block_walk(const __grid_constant__ RecurrenceArgs args) {
+  BlockWalk<Product, kBackward, kFeatures>(args).run();
 }
 
-template <class Engine>
-const char* run_block_recurrence(const RecurrenceArgs& args, Stream stream) {
+template <BlockProduct Product>
+const char* run_blocks(const RecurrenceArgs& args, Stream stream) {
   LaunchShape shape;
-  shape.blocks_x = static_cast<unsigned>((args.steps.B + Engine::kRows - 1) / Engine::kRows);
+  shape.blocks_x = static_cast<unsigned>((args.steps.B + Product::kRows - 1) / Product::kRows);
   shape.blocks_y = args.directions;
-  shape.threads = Engine::kThreads;
-  shape.shared_bytes = Engine::kSharedBytes;
-  const auto kernel = args.backward ? block_recurrence<Engine, true, 0>
+  shape.threads = Product::kThreads;
+  shape.shared_bytes = Product::kSharedBytes;
+  const auto kernel = args.backward ? block_walk<Product, true, 0>
                       : args.direction[0].x.data == nullptr
-                          ? block_recurrence<Engine, false, 0>
-                          : block_recurrence<Engine, false, kMaxFusedInput>;
+                          ? block_walk<Product, false, 0>
+                          : block_walk<Product, false, kMaxFusedInput>;
   return launch(kernel, shape, stream, args);
 }
 
