@@ -98,6 +98,46 @@ def by_name(name: str) -> BenchmarkCase:
     return {case.name: case for case in CASES}[name]
 
 
+def parse_shape(text: str) -> BenchmarkCase:
+    """The case of a command line.
+
+    Parameters
+    ----------
+    text : str
+        ``T,B,I,H``, then any of ``dtype=bfloat16``, ``nonlinearity=relu``, ``num_layers=2``,
+        ``bidirectional=1``, ``batch_first=1``, ``bias=0``, and ``lengths=5:3:3`` or
+        ``lengths=1-50``: B lengths, evenly from 1 to 50.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    sizes, options = text.split(",")[:4], text.split(",")[4:]
+    T, B, I, H = map(int, sizes)
+    made: dict[str, Any] = {}
+    for option in options:
+        key, value = option.split("=")
+        if key == "dtype":
+            made[key] = getattr(torch, value)
+        elif key == "nonlinearity":
+            made[key] = value
+        elif key == "lengths" and "-" in value:
+            low, high = map(int, value.split("-"))
+            made[key] = tuple(round(low + (high - low) * i / max(B - 1, 1)) for i in range(B))
+        elif key == "lengths":
+            made[key] = tuple(map(int, value.split(":")))
+        elif key == "num_layers":
+            made[key] = int(value)
+        elif key in ("bidirectional", "batch_first", "bias"):
+            made[key] = bool(int(value))
+        else:
+            raise ValueError(f"no option {key}")
+    if "lengths" in made:
+        T, B = max(made["lengths"]), len(made["lengths"])
+    return BenchmarkCase(T, B, I, H, name=text, reason="asked for", **made)
+
+
 CASES = [
     BenchmarkCase(9, 1, 1, 1, name="tiny", reason="the example by hand: bookkeeping alone"),
     BenchmarkCase(100, 1, 1, 1, name="scalar", reason="the cost of a step without arithmetic"),

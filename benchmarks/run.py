@@ -141,13 +141,13 @@ def describe(quick: bool, only: str = "") -> dict[str, Any]:
     }
 
 
-def commit() -> dict[str, Any] | None:
+def commit(root: Path = ROOT) -> dict[str, Any] | None:
     """The commit that is checked out, and whether more than results differs; None without git."""
 
     def git(*arguments: str) -> str:
         # The ceiling keeps git from answering for a repository that this folder only lies in.
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
-        command = ["git", "-C", str(ROOT), *arguments]
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+        command = ["git", "-C", str(root), *arguments]
         run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         return run.stdout.strip()
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, process_time, sleep
 
 import torch
 from cases import BenchmarkCase
@@ -20,6 +20,13 @@ from cases import BenchmarkCase
 ROUND = 0.01
 #: Pairs of rounds, however long they take.
 MIN_PAIRS = 5
+#: A call of more seconds is a burst by itself, without a warm-up.
+LONG = 0.1
+#: Seconds of calls before a burst, not timed: they bring the weights back into the caches, and the
+#: threads to life.
+WARM_UP = 0.004
+#: A process rests when it uses less than this share of a processor, in steps of so many seconds.
+REST_SHARE, REST_STEP, REST_LIMIT = 0.5, 0.001, 0.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,26 @@ def round_of(step: Callable[[], None], calls: int) -> float:
     for _ in range(calls):
         step()
     return (perf_counter() - start) / calls
+
+
+def burst(step: Callable[[], None], calls: int, warm_up: bool = True) -> float:
+    """As `round_of`, for one of several processes in turns: warm before, at rest after."""
+    end = perf_counter() + WARM_UP
+    while warm_up and perf_counter() < end:
+        step()
+    seconds = round_of(step, calls)
+    rest()
+    return seconds
+
+
+def rest() -> None:
+    """Wait until this process is idle: OpenMP's and other pools spin for a while after a call."""
+    end = perf_counter() + REST_LIMIT
+    while perf_counter() < end:
+        wall, used = perf_counter(), process_time()
+        sleep(REST_STEP)
+        if process_time() - used < REST_SHARE * (perf_counter() - wall):
+            return
 
 
 def calls_of_round(step: Callable[[], None]) -> int:
