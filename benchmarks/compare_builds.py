@@ -27,12 +27,13 @@ from time import perf_counter
 from typing import Any
 
 import gate
-import memory
-import run
-import table
 import timing
 import torch
-from cases import CASES, MODES, BenchmarkCase, parse_shape
+from cases import CASES, MODES, BenchmarkCase, from_spec, parse_shape
+from report import commit, default_path, described, write
+from report import describe as describe_run
+from run import numbers
+from table import duration, extras, markdown, shape
 from worker import Worker
 
 import fastrnn
@@ -93,7 +94,7 @@ class Runner:
         self._step = None
         gc.collect()
         torch.set_num_threads(threads)
-        return memory.peak(case, "fastrnn", "training")
+        return timing.peak(case, "fastrnn", "training")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
         return 2
     report = describe(args)
-    path = args.output or default_path(report, args)
+    path = args.output or default_path(report, args.part)
     workers = {
         build: Worker(
             "compare_builds:Runner",
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     report["failures"] = failures(report)
     report["complete"] = not args.part
     print(render(report))
-    run.write(path, report)
+    write(path, report)
     print(f"written to {path.name}", file=sys.stderr)
     return 1 if report["failures"] else 0
 
@@ -182,27 +183,14 @@ def modes(text: str) -> list[str]:
     return [mode for mode in MODES if mode in text.split(",")]
 
 
-def numbers(text: str) -> list[int]:
-    """The numbers of an argument, ascending."""
-    return sorted({int(number) for number in text.split(",")})
-
-
 def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The report without its cases, as of run.py."""
-    report = run.describe(args.quick, args.only)
-    del report["cases"], report["commit"], report["machine"]["build"]
-    report["threads"] = args.threads
-    report["commits"] = {"old": run.commit(args.old), "new": run.commit(args.new)}
-    report["settings"] = {
-        **{name: getattr(args, name) for name in ("quick", "only", "modes", "seconds", "rounds")},
-        "burst_seconds": BURST,
-    }
-    return {"study": "builds", **report, "cases": []}
-
-
-def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
-    """The file for this machine; another one if not everything is measured."""
-    return table.RESULTS / run.file_name(f"builds {report['machine']['cpu']}", args.part)
+    """The report without its cases."""
+    names = ("quick", "only", "modes", "seconds", "rounds")
+    settings = {**{name: getattr(args, name) for name in names}, "burst_seconds": BURST}
+    report = describe_run("builds", args.threads, settings)
+    # Those of this checkout, which may be neither build.
+    del report["commit"], report["machine"]["build"]
+    return {**report, "commits": {b: commit(getattr(args, b)) for b in BUILDS}, "cases": []}
 
 
 def sweep(
@@ -224,7 +212,7 @@ def sweep(
                         timed = measure(case, mode, threads, workers, args)
                         entry["times"].append({"mode": mode, "threads": threads, **timed})
         except (TimeoutError, ChildProcessError) as error:
-            entry["gate"] = run.described(error)
+            entry["gate"] = described(error)
         took = f"{perf_counter() - began:.0f} s"
         print(f"{number}/{len(cases)} {said(entry)}, {took}", file=sys.stderr, flush=True)
     # Last: the profiler may leave something behind.
@@ -234,7 +222,7 @@ def sweep(
         try:
             entry |= memory_of(case, args.threads[-1], workers)
         except (TimeoutError, ChildProcessError) as error:
-            entry["gate"] = run.described(error)
+            entry["gate"] = described(error)
 
 
 def wrong(case: BenchmarkCase, workers: dict[str, Any], threads: list[int]) -> str | None:
@@ -280,14 +268,14 @@ def measure(
         return pairs(lambda build: workers[build].ask("burst", calls), args.seconds, args.rounds)
 
     found = summary(times())
-    if found["ratio"] >= allowed(case.num_layers, case.B):
+    if found["ratio"][0] >= allowed(case):
         return found
     more: list[tuple[float, float]] = []
     for _ in range(AGAIN):
         for worker in workers.values():
             worker.close()
         more += times()
-    return {**summary(more), "first_ratio": found["ratio"]}
+    return {**summary(more), "first_ratio": found["ratio"][0]}
 
 
 def calls_of_burst(seconds: float) -> int:
@@ -308,15 +296,12 @@ def pairs(burst: Callable[[str], float], seconds: float, rounds: int) -> list[tu
 
 
 def summary(times: list[tuple[float, float]]) -> dict[str, Any]:
-    """Medians: of each build's times, and of the ratios of pairs, these with their quartiles."""
-    old, new = (1e6 * statistics.median(of_build) for of_build in zip(*times, strict=True))
-    ratios = [a / b for a, b in times]
-    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    """Median times of both builds; ``ratio``: of the ratios of pairs, median and quartiles."""
+    old, new = ([1e6 * pair[place] for pair in times] for place in (0, 1))
     return {
-        "old_us": float(f"{old:.4g}"),
-        "new_us": float(f"{new:.4g}"),
-        "ratio": round(middle, 3),
-        "quartiles": [round(lower, 3), round(upper, 3)],
+        "old_us": round(statistics.median(old), 2),
+        "new_us": round(statistics.median(new), 2),
+        "ratio": timing.median(timing.ratios(old, new)),
         "pairs": len(times),
     }
 
@@ -339,9 +324,9 @@ def memory_of(case: BenchmarkCase, threads: int, workers: dict[str, Any]) -> dic
     return {"peak_bytes": middle, "memory": round(ratio, 3)}
 
 
-def allowed(num_layers: int, B: int) -> float:
+def allowed(case: BenchmarkCase) -> float:
     """The least ratio that a case may have."""
-    return STACK if num_layers > 1 and B == 1 else CASE
+    return STACK if case.num_layers > 1 and case.B == 1 else CASE
 
 
 def means(report: dict[str, Any]) -> dict[tuple[str, int], float]:
@@ -349,7 +334,7 @@ def means(report: dict[str, Any]) -> dict[tuple[str, int], float]:
     ratios: dict[tuple[str, int], list[float]] = {}
     for entry in report["cases"]:
         for timed in entry["times"]:
-            ratios.setdefault((timed["mode"], timed["threads"]), []).append(timed["ratio"])
+            ratios.setdefault((timed["mode"], timed["threads"]), []).append(timed["ratio"][0])
     return {key: geometric_mean(of_key) for key, of_key in ratios.items()}
 
 
@@ -360,44 +345,45 @@ def failures(report: dict[str, Any]) -> list[str]:
         if mean < MEAN:
             found.append(f"{mode} @{threads}: geometric mean {mean:.3f}, allowed {MEAN:.2f}")
     for entry in report["cases"]:
-        spec = entry["spec"]
+        name, least = entry["spec"]["name"], allowed(from_spec(entry["spec"]))
         if entry["gate"] is not None:
-            found.append(f"{spec['name']}: {entry['gate']}")
-        least = allowed(spec["num_layers"], spec["B"])
-        found += [
-            f"{spec['name']} {t['mode']} @{t['threads']}: {t['ratio']:.3f}, allowed {least:.2f}"
-            for t in entry["times"]
-            if t["ratio"] < least
-        ]
+            found.append(f"{name}: {entry['gate']}")
+        for t in entry["times"]:
+            if t["ratio"][0] < least:
+                said = f"{t['ratio'][0]:.3f}, allowed {least:.2f}"
+                found.append(f"{name} {t['mode']} @{t['threads']}: {said}")
         if entry.get("memory", 0) > MEMORY:
-            found.append(f"{spec['name']}: memory {entry['memory']:.3f}, allowed {MEMORY:.2f}")
+            found.append(f"{name}: memory {entry['memory']:.3f}, allowed {MEMORY:.2f}")
     return found
 
 
 def render(report: dict[str, Any]) -> str:
     """The means, the worst cases and what is broken, in Markdown."""
-    timed = [(entry["spec"], t) for entry in report["cases"] for t in entry["times"]]
-    lines = ["|  | cases | geometric mean, old / new | least | most |", "|---|--:|--:|--:|--:|"]
-    for (mode, threads), mean in means(report).items():
-        ratios = [t["ratio"] for _, t in timed if (t["mode"], t["threads"]) == (mode, threads)]
-        cells = [f"{mode} @{threads}", str(len(ratios)), f"{mean:.3f}"]
-        cells += [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+    timed = [(from_spec(entry["spec"]), t) for entry in report["cases"] for t in entry["times"]]
+    timed.sort(key=lambda each: each[1]["ratio"])
     peaks = [entry["memory"] for entry in report["cases"] if "memory" in entry]
-    if peaks:
-        cells = ["memory, new / old", str(len(peaks)), f"{geometric_mean(peaks):.3f}"]
-        lines.append(f"| {' | '.join([*cells, f'{min(peaks):.2f}', f'{max(peaks):.2f}'])} |")
-    lines += ["", "| worst | (T, B, I, H) |  |  | old | new | old / new | quartiles |"]
-    lines.append("|---|---|---|---|--:|--:|--:|---|")
-    for spec, t in sorted(timed, key=lambda each: each[1]["ratio"])[:WORST]:
-        cells = [spec["name"], table.shape(spec), table.extras(spec)]
-        cells += [f"{t['mode']} @{t['threads']}"]
-        cells += [table.duration(t["old_us"]), table.duration(t["new_us"]), f"{t['ratio']:.3f}"]
-        lower, upper = t["quartiles"]
-        lines.append(f"| {' | '.join([*cells, f'{lower:.2f} to {upper:.2f}'])} |")
+    groups = {"memory, new / old": peaks} if peaks else {}
+    for _, t in timed:
+        groups.setdefault(f"{t['mode']} @{t['threads']}", []).append(t["ratio"][0])
+    rows = [
+        [name, str(len(ratios)), f"{geometric_mean(ratios):.3f}", f"{min(ratios):.2f}",
+         f"{max(ratios):.2f}"]
+        for name, ratios in sorted(groups.items())
+    ]  # fmt: skip
+    means = markdown(["old / new", "cases", "geometric mean", "least", "most"], rows, "-")
+    columns = ["worst", "(T, B, I, H)", "", "", "old", "new", "old / new", "quartiles"]
+    worst = markdown(columns, (worst_row(*each) for each in timed[:WORST]), "----")
     broken = report["failures"]
-    lines += ["", *(f"- {failure}" for failure in broken), "FAILED" if broken else "passed"]
-    return "\n".join(lines)
+    verdict = "\n".join([*(f"- {failure}" for failure in broken), "FAILED" if broken else "passed"])
+    return "\n\n".join([means, worst, verdict])
+
+
+def worst_row(case: BenchmarkCase, timed: dict[str, Any]) -> list[str]:
+    """One case in one mode and number of threads."""
+    ratio, lower, upper = timed["ratio"]
+    cells = [case.name, shape(case), extras(case), f"{timed['mode']} @{timed['threads']}"]
+    cells += [duration(timed["old_us"]), duration(timed["new_us"])]
+    return [*cells, f"{ratio:.3f}", f"{lower:.2f} to {upper:.2f}"]
 
 
 def said(entry: dict[str, Any]) -> str:
@@ -405,7 +391,7 @@ def said(entry: dict[str, Any]) -> str:
     name = entry["spec"]["name"]
     if entry["gate"] is not None:
         return f"{name}: WRONG: {entry['gate']}"
-    ratios = [f"{t['mode']} @{t['threads']} {t['ratio']:.2f}" for t in entry["times"]]
+    ratios = [f"{t['mode']} @{t['threads']} {t['ratio'][0]:.2f}" for t in entry["times"]]
     return f"{name}: {', '.join(ratios)}"
 
 

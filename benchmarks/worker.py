@@ -5,6 +5,7 @@ So the threads and caches of one do not disturb another. A worker makes one obje
 then answers calls of the runner's methods until its parent is gone.
 """
 
+import faulthandler
 import gc
 import importlib
 import os
@@ -13,7 +14,10 @@ import sys
 from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+import fastrnn
 
 #: Seconds until a worker is taken to hang: loading may compile.
 LIMIT = 600.0
@@ -30,13 +34,15 @@ class Worker:
         Where the runner's class is, as ``module:Class``.
     *arguments
         What the class is called with.
-    environment : mapping of str to str
+    environment : mapping of str to str, optional
         Variables that the process reads when it starts, besides this one's.
     """
 
-    def __init__(self, runner: str, *arguments: Any, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, runner: str, *arguments: Any, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._runner, self._arguments = runner, arguments
-        self._environment = environment
+        self._environment = environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, method: str, *arguments: Any, limit: float = LIMIT) -> Any:
@@ -54,7 +60,8 @@ class Worker:
         assert self._process is not None
         try:
             self._connection.send((method, arguments))
-            if not self._connection.poll(limit):
+            # poll() cannot wait for ever.
+            if not self._connection.poll(min(limit, 1e6)):
                 self._process.kill()
                 self.close()
                 raise TimeoutError(f"no answer in {limit:.0f} s")
@@ -67,7 +74,10 @@ class Worker:
     def _start(self) -> None:
         self._connection, other = Pipe()
         command = [sys.executable, __file__, str(other.fileno())]
-        environment = {**os.environ, **self._environment}
+        # The same fastrnn, wherever this process has found it.
+        paths = [str(Path(fastrnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        found = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {**os.environ, **found, **self._environment}
         self._process = subprocess.Popen(command, pass_fds=[other.fileno()], env=environment)
         other.close()
         self._connection.send((self._runner, self._arguments))
@@ -86,6 +96,7 @@ class Worker:
 
 def serve(connection: Connection) -> None:
     """Make the runner and answer until the parent is gone. The runner collects garbage itself."""
+    faulthandler.enable()
     where, arguments = connection.recv()
     module, name = where.split(":")
     runner = getattr(importlib.import_module(module), name)(*arguments)
