@@ -129,9 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         for build, folder in zip(BUILDS, (args.old, args.new), strict=True)
     }
+    before = torch.get_num_threads()
+    # For nn.RNN's results, here: on busy cores it stalls with more.
+    torch.set_num_threads(1)
     try:
         sweep(report, cases, workers, args)
     finally:
+        torch.set_num_threads(before)
         for worker in workers.values():
             worker.close()
     report["failures"] = failures(report)
@@ -205,7 +209,7 @@ def sweep(
         entry: dict[str, Any] = {"spec": case.spec(), "times": []}
         report["cases"].append(entry)
         try:
-            entry["gate"] = wrong(case, workers, args.threads)
+            entry["gate"], entry["same_bits"] = compared(case, workers, args.threads)
             if entry["gate"] is None:
                 for threads in args.threads:
                     for mode in args.modes:
@@ -225,14 +229,17 @@ def sweep(
             entry["gate"] = described(error)
 
 
-def wrong(case: BenchmarkCase, workers: dict[str, Any], threads: list[int]) -> str | None:
-    """What is wrong with the results of a build; None if nothing is.
+def compared(
+    case: BenchmarkCase, workers: dict[str, Any], threads: list[int]
+) -> tuple[str | None, bool]:
+    """What is wrong with the results of a build, None if nothing is; whether both have equal bits.
 
     Each build is held against torch.nn.RNN, and the new one against the old one, by the gate.
     """
     module = case.module(torch.nn.RNN, case.dtype)
     theirs, exact = gate.results(module, case), gate.results(module.double(), case)
     timing.rest()
+    same = True
     with tempfile.TemporaryDirectory() as folder:
         for count in threads:
             found = {}
@@ -245,8 +252,9 @@ def wrong(case: BenchmarkCase, workers: dict[str, Any], threads: list[int]) -> s
                     gate.assert_right(found[build], against, exact, case)
                 except AssertionError as error:
                     whom = "nn.RNN" if against is theirs else "old"
-                    return f"{build} against {whom}, threads {count}: {error or 'other shapes'}"
-    return None
+                    return f"{build} against {whom}, threads {count}: {error}", False
+            same = same and all(torch.equal(t, found["new"][n]) for n, t in found["old"].items())
+    return None, same
 
 
 def measure(
@@ -373,9 +381,11 @@ def render(report: dict[str, Any]) -> str:
     means = markdown(["old / new", "cases", "geometric mean", "least", "most"], rows, "-")
     columns = ["worst", "(T, B, I, H)", "", "", "old", "new", "old / new", "quartiles"]
     worst = markdown(columns, (worst_row(*each) for each in timed[:WORST]), "----")
+    same = sum(entry.get("same_bits", False) for entry in report["cases"])
+    bits = f"Results have the same bits in {same} of {len(report['cases'])} cases."
     broken = report["failures"]
     verdict = "\n".join([*(f"- {failure}" for failure in broken), "FAILED" if broken else "passed"])
-    return "\n\n".join([means, worst, verdict])
+    return "\n\n".join([means, worst, bits, verdict])
 
 
 def worst_row(case: BenchmarkCase, timed: dict[str, Any]) -> list[str]:

@@ -19,8 +19,9 @@ import table
 import torch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-INCLUDED = [report.ROOT / "csrc" / "cpu" / f"{name}.inl" for name in ("vectors", "activations")]
-OPTIONS = ["-O3", "-march=native", "-pthread", "-Wno-psabi"]
+#: Where the engine's vectors and its tanh are.
+KERNELS = next((report.ROOT / "csrc" / "cpu").rglob("vectors.inl")).parent
+OPTIONS = ["-O3", "-march=native", "-pthread", "-Wno-psabi", f"-I{KERNELS}"]
 CPUS = Path("/sys/devices/system/cpu")
 #: Seconds of repeats for each limit.
 SECONDS, QUICK_SECONDS = 0.3, 0.0
@@ -106,7 +107,8 @@ def measure(threads: list[int], seconds: float) -> dict[str, Any]:
 
 def caller(seconds: float) -> Callable[..., float]:
     """What calls a function of limits.cpp by its name, with whole numbers."""
-    key = "".join(path.read_text(encoding="utf-8") for path in INCLUDED)
+    included = (KERNELS / name for name in ("recurrence.h", "vectors.inl", "activations.inl"))
+    key = "".join(path.read_text(encoding="utf-8") for path in included)
     path = native.library(SOURCE, *OPTIONS, key=key + " ".join(sorted(processor_flags())))
     functions = ctypes.CDLL(str(path))
 

@@ -163,6 +163,6 @@ def test_a_build_is_measured_against_itself(tmp_path):
     compare_builds.main([folder, folder, *options, "--output", str(path)])
     report = json.loads(path.read_text(encoding="utf-8"))
     (case,) = report["cases"]
-    assert case["gate"] is None and case["memory"] == 1
+    assert case["gate"] is None and case["memory"] == 1 and case["same_bits"]
     assert len(case["times"]) == 2 and all(t["ratio"][0] > 0 for t in case["times"])
     assert report["commits"]["old"] == report["commits"]["new"]

@@ -14,8 +14,6 @@ import gpu_timing
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
 TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
 JUNIT = """<testsuites><testsuite tests="5">
 <testcase classname="tests.test_a" name="test_good"/>
