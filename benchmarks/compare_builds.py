@@ -75,11 +75,12 @@ class Runner:
         torch.set_num_threads(threads)
         self._mode, self._step = mode, case.step("fastrnn", mode)
         with torch.inference_mode(mode == "inference"):
-            seconds = timing.round_of(self._step, 1)
+            # The least of some: what else runs here makes a time longer, never shorter.
+            seconds = min(timing.round_of(self._step, 1) for _ in range(2))
             self._warm_up = seconds < LONG
             if self._warm_up:
                 calls = timing.calls_of_round(self._step)
-                seconds = timing.round_of(self._step, calls)
+                seconds = min(timing.round_of(self._step, calls) for _ in range(3))
         timing.rest()
         return seconds
 
