@@ -127,6 +127,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.part = bool(args.quick or args.only or args.peers)
     args.peers = args.peers or study.peers
     args.threads = args.threads or study.threads
+    if args.study == "bench" and len(args.threads) > 1:
+        parser.error("bench takes one number of threads")
     if args.seconds is None:
         args.seconds = study.quick_seconds if args.quick else study.seconds
     return args
@@ -166,7 +168,7 @@ def sweep(
     present = [name for name in args.peers if name not in found["not_installed"]]
     whos = [(name, count) for name in present for count in args.threads]
     workers = {f"{name}@{count}": start(name, count) for name, count in whos}
-    # In processes of their own: the profiler may leave something behind.
+    # In processes of their own, which only bench asks: the profiler may leave something behind.
     memory = {f"{name}@{count}": start(name, count) for name, count in whos}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +188,7 @@ def sweep(
                     found["complete"] = last and not args.part
                     report.write(path, found, done=last)
                     progress = f"{number}/{len(cases)} {case.name} {mode}:"
-                    print(progress, said(entry["modes"][mode]), file=sys.stderr, flush=True)
+                    print(progress, said(of_mode), file=sys.stderr, flush=True)
     finally:
         for worker in [*workers.values(), *memory.values()]:
             worker.close()

@@ -4,15 +4,11 @@
 All but CUDA itself runs here; the steps before the measurements are in test_gpu_steps.py.
 """
 
-import json
-from functools import partial
-
 import cases
 import gpu
 import gpu_cases
 import gpu_timing
 import pytest
-import report
 import torch
 from worker import Worker
 
@@ -216,16 +212,6 @@ def test_a_round_on_a_gpu_lies_between_events_and_synchronisations(monkeypatch):
     assert on_gpu == pytest.approx(2e-3) and 0 < wall < 1
 
 
-def test_memory_is_the_peak_of_one_call_less_what_was_there(monkeypatch):
-    calls = []
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, partial(calls.append, name))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
-    assert gpu_timing.peak(lambda: calls.append("call")) == 250
-    assert calls == ["call", "synchronize", "reset_peak_memory_stats", "call", "synchronize"]
-
-
 def test_a_class_that_cannot_be_captured_leaves_the_other(monkeypatch):
     def captured(step):
         made.append(step)
@@ -296,16 +282,3 @@ def test_a_case_that_went_wrong_has_no_graph_and_the_others_go_on():
     ]  # fmt: skip
     gates = [(case["gate"], case["error"]) for case in found["cases"]]
     assert gates == [("output: wrong", None), ("not run", "eager: exit code -11"), (None, None)]
-
-
-def test_a_stop_leaves_what_was_written_and_a_failed_write_leaves_the_file(tmp_path):
-    found, clock = {"cases": [], "not_measured": []}, FakeClock()
-    save = partial(report.write, tmp_path / "gpu.json", found)
-    ask = answers(clock, GOOD, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        gpu.measure(found, gpu.plan([TINY, OTHER], "cpu"), ask, gpu.Budget(None), save)
-    found["bad"] = {1, 2}
-    with pytest.raises(TypeError):
-        save()
-    left = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert [case["name"] for case in left["cases"]] == [TINY.name]
