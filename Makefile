@@ -47,16 +47,16 @@ lint: $(VENV)/dev
 	$(RUN) -m mypy
 
 bench: $(VENV)/built $(VENV)/dev
-	$(RUN) benchmarks/run.py
+	$(RUN) benchmarks/run.py bench
 
 peers: $(VENV)/built $(VENV)/peers
-	$(RUN) benchmarks/compare.py
+	$(RUN) benchmarks/run.py peers
 
 scaling: $(VENV)/built $(VENV)/peers
-	$(RUN) benchmarks/scaling.py
+	$(RUN) benchmarks/run.py scaling
 
 busy: $(VENV)/built $(VENV)/dev
-	$(RUN) benchmarks/busy.py
+	$(RUN) benchmarks/run.py busy
 
 limits: $(VENV)/built $(VENV)/dev
 	$(RUN) benchmarks/limits.py

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured: the cases, each with its reason, and one call of a class in a mode.
 
-A new case is one line in `CASES`; everything else reads that list.
+A new case is one line in `CASES`; everything else reads that list. In files and on command lines a
+case is what `BenchmarkCase.spec` and `parse_shape` say.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,8 +33,12 @@ class BenchmarkCase(Case):
     dtype: torch.dtype = torch.float32
 
     def spec(self) -> dict[str, Any]:
-        """What the case is, fit for JSON."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        """What the case is, fit for JSON: name, sizes and what is not the default."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        spec = {"name": self.name}
+        spec |= {k: v for k, v in values.items() if v != defaults[k] and k != "reason"}
+        return spec | ({"dtype": dtype_name(self)} if "dtype" in spec else {})
 
     def step(self, class_name: str, mode: str) -> Callable[[], None]:
         """Make the function that is measured: one inference, or one step of training.
@@ -87,6 +92,24 @@ def numbers(output: Tensor | PackedSequence) -> Tensor:
     return output.data if isinstance(output, PackedSequence) else output
 
 
+def dtype_name(case: BenchmarkCase) -> str:
+    """The dtype of a case in plain letters."""
+    return str(case.dtype).removeprefix("torch.")
+
+
+def from_spec(spec: dict[str, Any]) -> BenchmarkCase:
+    """The case of a `BenchmarkCase.spec`, without its reason."""
+    lengths = spec.get("lengths")
+    return BenchmarkCase(
+        **{
+            **spec,
+            "reason": "",
+            "dtype": getattr(torch, spec.get("dtype", "float32")),
+            "lengths": tuple(lengths) if lengths else None,
+        }
+    )
+
+
 def by_name(name: str) -> BenchmarkCase:
     """The case of this name.
 
@@ -96,6 +119,46 @@ def by_name(name: str) -> BenchmarkCase:
         If there is none.
     """
     return {case.name: case for case in CASES}[name]
+
+
+def parse_shape(text: str) -> BenchmarkCase:
+    """The case of a command line.
+
+    Parameters
+    ----------
+    text : str
+        ``T,B,I,H``, then any of ``dtype=bfloat16``, ``nonlinearity=relu``, ``num_layers=2``,
+        ``bidirectional=1``, ``batch_first=1``, ``bias=0``, and ``lengths=5:3:3`` or
+        ``lengths=1-50``: B lengths, evenly from 1 to 50.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
+    sizes, options = text.split(",")[:4], text.split(",")[4:]
+    T, B, I, H = map(int, sizes)
+    made: dict[str, Any] = {}
+    for option in options:
+        key, value = option.split("=")
+        if key == "dtype":
+            made[key] = getattr(torch, value)
+        elif key == "nonlinearity":
+            made[key] = value
+        elif key == "lengths" and "-" in value:
+            low, high = map(int, value.split("-"))
+            made[key] = tuple(round(low + (high - low) * i / max(B - 1, 1)) for i in range(B))
+        elif key == "lengths":
+            made[key] = tuple(map(int, value.split(":")))
+        elif key == "num_layers":
+            made[key] = int(value)
+        elif key in ("bidirectional", "batch_first", "bias"):
+            made[key] = bool(int(value))
+        else:
+            raise ValueError(f"no option {key}")
+    if "lengths" in made:
+        T, B = max(made["lengths"]), len(made["lengths"])
+    return BenchmarkCase(T, B, I, H, name=text, reason="asked for", **made)
 
 
 CASES = [
@@ -149,3 +212,31 @@ CASES = [
     BenchmarkCase(50, 16, 64, 64, name="float16", reason="16 bits, computed in float32",
                   dtype=torch.float16),
 ]  # fmt: skip
+
+#: The shape of the study of scaling, and what each of its numbers is varied to, itself included.
+COMMON = {"T": 100, "B": 32, "H": 128, "num_layers": 1}
+VARIED = {
+    "T": [1, 3, 10, 30, 100, 300, 1000],
+    "B": [1, 2, 4, 8, 16, 32, 64, 128, 256],
+    "H": [8, 16, 32, 64, 128, 256, 512, 1024],
+    "num_layers": [1, 2, 4, 8],
+}
+
+
+def scaled(varied: str, value: int) -> BenchmarkCase:
+    """The common shape with one of its numbers changed; I = H."""
+    sizes = {**COMMON, varied: value}
+    name = "base" if sizes == COMMON else f"{varied}-{value}"
+    return BenchmarkCase(**sizes, I=sizes["H"], name=name, reason=f"against {varied}")
+
+
+#: The common shape once.
+SCALING = list(
+    {
+        case.name: case
+        for case in (scaled(varied, value) for varied in VARIED for value in VARIED[varied])
+    }.values()
+)
+
+#: Rows or columns of a step, parts of the batch, layers: what threads share.
+BUSY = [by_name(name) for name in ("medium-64", "medium-128", "row-256", "row-layers", "large-256")]

@@ -19,7 +19,8 @@ the forward's products twice (once for the first layer's input, which needs no g
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+from cases import BenchmarkCase, dtype_name
+
 #: FLOPs of tanh's derivative times a gradient: two multiply-adds.
 DERIVATIVE = 4
 
@@ -38,32 +39,21 @@ class Work:
     walks: int  # sequences that can be walked at the same time
 
 
-def work(spec: dict[str, Any]) -> Work:
-    """Count the work of a case.
-
-    Parameters
-    ----------
-    spec : dict
-        `BenchmarkCase.spec` of the case.
-
-    Returns
-    -------
-    Work
-        Of its forward; hx is not looked at.
-    """
-    T, B, H, layers = (spec[name] for name in ("T", "B", "H", "num_layers"))
-    directions = 2 if spec["bidirectional"] else 1
-    if spec["lengths"]:
-        T, B = max(spec["lengths"]), len(spec["lengths"])
-    rows = sum(spec["lengths"] or [T * B])
+def work(case: BenchmarkCase) -> Work:
+    """Count the work of a case's forward; hx is not looked at."""
+    T, B, H, layers = case.T, case.B, case.H, case.num_layers
+    directions = 2 if case.bidirectional else 1
+    if case.lengths:
+        T, B = max(case.lengths), len(case.lengths)
+    rows = sum(case.lengths or [T * B])
     cells = layers * directions
     upper = 2 * rows * H * directions * H * (cells - directions)
     return Work(
-        input_flops=2 * rows * H * spec["I"] * directions + upper,
+        input_flops=2 * rows * H * case.I * directions + upper,
         upper_flops=upper,
         recurrent_flops=2 * (rows - B) * H * H * cells,
-        tanhs=rows * H * cells if spec["nonlinearity"] == "tanh" else 0,
-        weights=H * H * BYTES[spec["dtype"]],
+        tanhs=rows * H * cells if case.nonlinearity == "tanh" else 0,
+        weights=H * H * case.dtype.itemsize,
         reads=(T - 1) * cells,
         # A layer can follow the one below by a step, unless that one also walks from the end.
         chain=T * layers if directions == 2 else T + layers - 1,
@@ -71,13 +61,13 @@ def work(spec: dict[str, Any]) -> Work:
     )
 
 
-def floor(spec: dict[str, Any], mode: str, report: dict[str, Any]) -> float | None:
+def floor(case: BenchmarkCase, mode: str, report: dict[str, Any]) -> float | None:
     """The floor of a case.
 
     Parameters
     ----------
-    spec : dict
-        `BenchmarkCase.spec` of the case.
+    case : BenchmarkCase
+        Any.
     mode : str
         One of `cases.MODES`; training is as there, without a gradient of the input.
     report : dict
@@ -88,10 +78,10 @@ def floor(spec: dict[str, Any], mode: str, report: dict[str, Any]) -> float | No
     float or None
         Microseconds; None if the peak for this dtype is not known.
     """
-    limits, dtype = report["limits"], spec["dtype"]
+    limits, dtype = report["limits"], dtype_name(case)
     if limits["gflops"].get(dtype, ()) is None:
         return None
-    needed, own = work(spec), "float64" if dtype == "float64" else "float32"
+    needed, own = work(case), "float64" if dtype == "float64" else "float32"
     products = needed.input_flops + needed.recurrent_flops
     tanh, step = limits["tanh_ns"][own] * needed.tanhs, limits["step_ns"][own]
     latency = step if needed.tanhs else dict.fromkeys(step, 0.0)

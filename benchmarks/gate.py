@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate before every measurement: no speed-up is reported for wrong results.
+"""The gate before every measurement: wrong results are not timed.
 
-Results of fastrnn.RNN and torch.nn.RNN, with the same weights, are both measured against a float64
-run by `fastrnn.testing.assert_as_accurate`, whose tolerances hold here too.
+Results are measured against a float64 run, as those of torch.nn.RNN with the same weights are, by
+`fastrnn.testing.assert_as_accurate`, whose tolerances hold here too.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,34 +13,72 @@ from cases import BenchmarkCase, numbers
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-import fastrnn
 from fastrnn import testing
 
 #: So many sums before relu that some lie within rounding of zero, and how many may.
 MANY_SUMS, KINKS = 10**6, 8
 
 
-def failure(case: BenchmarkCase, cls: Any = fastrnn.RNN) -> str | None:
-    """Compare training and inference of `cls` with torch.nn.RNN's.
+@dataclass(frozen=True)
+class Reference:
+    """Results of torch.nn.RNN, in the case's dtype and in float64, by name."""
+
+    theirs: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+
+def reference(case: BenchmarkCase) -> Reference:
+    """What the measured calls compute, by torch.nn.RNN."""
+    module = case.module(torch.nn.RNN, case.dtype)
+    theirs = called(module, case)
+    return Reference(theirs, called(module.double(), case))
+
+
+def called(module: Any, case: BenchmarkCase) -> dict[str, Tensor]:
+    """Results of a measured call in float64: ``output``, time first, ``h_n``, ``grad_<weight>``."""
+    parameters = dict(module.named_parameters())
+    own = next(iter(parameters.values())).dtype
+    output, h_n = module(case.input().to(own))
+    data = numbers(output)
+    gradients = torch.autograd.grad(data, list(parameters.values()), case.cotangent().to(own))
+    if case.batch_first and not case.lengths:
+        data = data.transpose(0, 1)
+    found = {"output": data.detach(), "h_n": h_n.detach()}
+    found |= {f"grad_{n}": g for n, g in zip(parameters, gradients, strict=True)}
+    return {name: tensor.double() for name, tensor in found.items()}
+
+
+def wrong(
+    results: dict[str, Tensor],
+    case: BenchmarkCase,
+    mode: str,
+    reference: Reference,
+    floor_ulps: float = testing.FLOOR_ULPS,
+) -> str | None:
+    """What is wrong with the results of one call; None if nothing is.
 
     Parameters
     ----------
+    results : dict of str to Tensor
+        By the names of `called`; in training without ``h_n``, in inference without gradients.
     case : BenchmarkCase
-        What to run.
-    cls : type
-        The class that is to be measured.
-
-    Returns
-    -------
-    str or None
-        What is wrong, an exception included; None if nothing is.
+        What was run.
+    mode : str
+        One of `cases.MODES`.
+    reference : Reference
+        What it should be.
+    floor_ulps : float
+        As of `testing.assert_as_accurate`.
     """
+    needed = {"output"} if mode == "inference" else reference.exact.keys() - {"h_n"}
+    if needed - results.keys():
+        return f"without {', '.join(sorted(needed - results.keys()))}"
+    theirs = {name: reference.theirs[name] for name in results}
+    ours = {name: tensor.double() for name, tensor in results.items()}
     try:
-        theirs, ours = (case.module(c, case.dtype) for c in (torch.nn.RNN, cls))
-        exact = case.module(torch.nn.RNN, case.dtype).double()
-        assert_right(results(ours, case), results(theirs, case), results(exact, case), case)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        assert_right(ours, theirs, reference.exact, case, floor_ulps)
+    except AssertionError as error:
+        return str(error)
     return None
 
 
@@ -70,7 +109,7 @@ def assert_right(
 
 
 def results(module: Any, case: BenchmarkCase) -> dict[str, Tensor]:
-    """Everything that the measured calls compute, by name: results, gradients, inference's own."""
+    """More than measured calls compute, for modules: every gradient, and inference's results."""
     own = next(module.parameters()).dtype
     inputs = [x.to(own) for x in case.arguments(case.dtype)[0]]
     x = pack_sequence(inputs, enforce_sorted=False) if case.lengths else inputs[0]

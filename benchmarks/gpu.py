@@ -7,7 +7,6 @@ is written after each step and case, and names neither host, user nor paths.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,19 +21,20 @@ sys.path.insert(0, str(ROOT))
 
 import gpu_steps  # noqa: E402
 import gpu_table  # noqa: E402
-import run  # noqa: E402
-import table  # noqa: E402
 import timing  # noqa: E402
 import torch  # noqa: E402
 from gpu_cases import CASES, GpuCase  # noqa: E402
-from gpu_timing import WAYS, Worker, perform  # noqa: E402
+from gpu_timing import WAYS  # noqa: E402
+from report import RESULTS, default_path, described, load, without_paths, write  # noqa: E402
+from report import describe as describe_run  # noqa: E402
+from worker import Worker  # noqa: E402
 
 #: Seconds of timing for each case, way and mode.
 SECONDS, QUICK_SECONDS = 1.0, 0.1
 #: Minutes after which a quick run stops measuring.
 QUICK_MINUTES = 10.0
 #: Seconds after which a step, or one case in one way, is taken to hang.
-BUILD_LIMIT, SUITE_LIMIT, MICRO_LIMIT, CASE_LIMIT = 1800.0, 1800.0, 120.0, 120.0
+BUILD_LIMIT, SUITE_LIMIT, CASE_LIMIT = 1800.0, 1800.0, 120.0
 #: The suite leaves the rest of the time to the measurements.
 SUITE_SHARE = 0.4
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parse(argv)
     if args.table:
-        print(gpu_table.render(json.loads(args.table.read_text(encoding="utf-8"))))
+        print(gpu_table.render(load(args.table)))
         return 0
     cases = [case for case in CASES if args.only in case.name]
     if not cases:
@@ -78,24 +78,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     budget = Budget(args.minutes)
     report = describe(args)
-    path = args.output / file_name(report, args)
-    save = partial(run.write, path, report)
+    gpu = report["machine"]["gpu"]
+    path = args.output / default_path(report, is_part(args), gpu["name"] if gpu else "cpu").name
+    save = partial(write, path, report)
     take_steps(report, args, budget, save)
-    worker = Worker()
+    worker = Worker("gpu_timing:Runner")
     try:
-        # Only now can a process load what was built.
-        report["machine"] = worker.ask(describe, args, limit=CASE_LIMIT)["machine"]
+        report["machine"] = worker.ask("machine", args.device, limit=CASE_LIMIT)
     except (TimeoutError, ChildProcessError) as error:
-        report["machine_error"] = run.without_paths(run.described(error))
+        report["machine_error"] = without_paths(described(error))
     tasks = plan(cases, args.device)
     if built(report):
         measure(report, tasks, partial(ask, worker, args), budget, save)
     else:
         report["not_measured"] = [label(*task) for task in tasks]
     worker.close()
-    # Last, and a program of its own: what is built makes no difference.
-    limit = min(MICRO_LIMIT, budget.left())
-    take(report, save, "micro", gpu_steps.micro, limit, args.skip_tests)
     report["complete"] = not (is_part(args) or report["not_measured"])
     save()
     print(gpu_table.render(report))
@@ -109,9 +106,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="rougher numbers, ten minutes at most")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop measuring after so long")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this name")
-    parser.add_argument("--output", type=Path, default=table.RESULTS, metavar="DIR")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--skip-build", action="store_true", help="use the extension as it is")
-    parser.add_argument("--skip-tests", action="store_true", help="neither suite nor gpu_micro")
+    parser.add_argument("--skip-tests", action="store_true", help="measure alone")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                         help="cpu: try the script; without graphs")  # fmt: skip
@@ -123,28 +120,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without its steps and cases: where, with what and how they were measured."""
-    report = run.describe(args.quick, args.only)
-    on_gpu = args.device == "cuda"
-    report["device"] = "cuda" if on_gpu else "cpu, to try the script"
-    del report["threads"]
-    report["machine"] = run.without_paths(report["machine"])
-    report["machine"]["gpu"] = gpu_steps.gpu() if on_gpu else None
-    report["versions"] |= gpu_steps.versions()
-    report["settings"] = {
+    settings = {
         **{name: getattr(args, name) for name in ("quick", "only", "minutes")},
         "seconds": QUICK_SECONDS if args.quick else SECONDS,
         "round_seconds": timing.ROUND,
-        "min_pairs": timing.MIN_PAIRS,
+        "min_pairs": timing.MIN_ROUNDS,
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
     }
+    report = describe_run("gpu", [], settings)
+    on_gpu = args.device == "cuda"
+    report["device"] = "cuda" if on_gpu else "cpu, to try the script"
+    del report["threads"]
+    report["machine"] = without_paths(report["machine"])
+    report["machine"]["gpu"] = gpu_steps.gpu() if on_gpu else None
+    report["versions"] |= gpu_steps.versions()
     return {**report, "steps": {}, "cases": [], "not_measured": []}
-
-
-def file_name(report: dict[str, Any], args: argparse.Namespace) -> str:
-    """The file for this GPU and day; another one if not everything is measured."""
-    gpu = report["machine"]["gpu"]
-    name = f"gpu {gpu['name'] if gpu else 'cpu'} {report['date'][:10]}"
-    return run.file_name(name, is_part(args))
 
 
 def is_part(args: argparse.Namespace) -> bool:
@@ -193,10 +183,13 @@ def plan(cases: list[GpuCase], device: str) -> list[tuple[GpuCase, str]]:
 def ask(
     worker: Worker, args: argparse.Namespace, case: GpuCase, way: str, limit: float
 ) -> dict[str, Any]:
-    """Have the worker perform one task."""
+    """Have the worker perform one task; a process that cannot go on is replaced."""
     seconds = QUICK_SECONDS if args.quick else SECONDS
-    answer: dict[str, Any] = worker.ask(perform, case, way, args.device, seconds, limit=limit)
-    return answer
+    found: dict[str, Any]
+    found, healthy = worker.ask("perform", case, way, args.device, seconds, limit=limit)
+    if not healthy:
+        worker.close()
+    return found
 
 
 def measure(
@@ -231,7 +224,7 @@ def measure(
             report["not_measured"] = [label(*task) for task in tasks[number:]]
             save()
             return
-        entry |= run.without_paths(found)
+        entry |= without_paths(found)
         if case.name not in entries:
             entries[case.name] = entry
             report["cases"].append(entry)

@@ -2,14 +2,13 @@
 """The steps of gpu.py before the measurements, each a program with a limit of time.
 
 Every step returns a dict for the JSON: ``status`` is ``"passed"``, ``"failed"``, ``"timed out"`` or
-``"absent"``, ``seconds`` what it took, ``output`` the end of what it printed, without paths.
+``"absent"``, ``seconds`` what it took, ``output`` the end of what it printed if it did not pass,
+without paths.
 """
 
 import importlib.util
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +21,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from run import without_paths
+from report import ROOT, without_paths
 
-ROOT = Path(__file__).resolve().parents[1]
-MICRO = ROOT / "benchmarks" / "gpu_micro.cu"
 #: Characters of output that are kept, of a failed test's message, and lines that tell of errors.
 TAIL, MESSAGE, ERROR_LINES = 6000, 300, 40
 #: The files with tests for a GPU, each entry a run of pytest. Where pytest-xdist is there, several
@@ -40,8 +37,6 @@ GRACE = 20
 SLOW_TEST = 60
 #: Exit status of pytest when no test was selected.
 NO_TESTS = 5
-#: wgmma and setmaxnreg need the second: native is sm_90 without the "a".
-ARCHITECTURES = (["-arch=native"], ["-gencode=arch=compute_90a,code=sm_90a"])
 
 
 def build(limit: float) -> dict[str, Any]:
@@ -51,10 +46,15 @@ def build(limit: float) -> dict[str, Any]:
     step = execute(command, limit, environment, tail=None)
     if step["status"] != "passed":
         lines = step["output"].splitlines()
-        step["errors"] = [line for line in lines if re.search(r"\berror\b", line, re.I)][
-            :ERROR_LINES
-        ]
-    return step | {"output": step["output"][-TAIL:]}
+        errors = [line for line in lines if re.search(r"\berror\b", line, re.I)]
+        step |= {"errors": errors[:ERROR_LINES], "output": step["output"][-TAIL:]}
+    return without_output(step)
+
+
+def without_output(step: dict[str, Any]) -> dict[str, Any]:
+    """A step without what it printed, if it passed."""
+    passed = step["status"] == "passed"
+    return {key: value for key, value in step.items() if not (passed and key == "output")}
 
 
 def toolkit() -> dict[str, str]:
@@ -101,7 +101,7 @@ def suite_file(name: str, limit: float) -> dict[str, Any]:
             step["tests"] = without_paths(counts(xml.read_text(encoding="utf-8")))
     if step.get("returncode") == NO_TESTS:
         step["status"] = "absent"
-    return step
+    return without_output(step)
 
 
 def counts(junit: str) -> dict[str, Any]:
@@ -119,33 +119,6 @@ def counts(junit: str) -> dict[str, Any]:
         else:
             found["passed"] += 1
     return found
-
-
-def micro(limit: float) -> dict[str, Any]:
-    """Compile and run the microbenchmarks, if there are any; ``results`` is what they print."""
-    if not MICRO.exists():
-        return {"status": "absent"}
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or f"{home}/bin/nvcc"
-    end = monotonic() + limit
-    with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/gpu_micro"
-        for architecture in ARCHITECTURES:
-            command = [nvcc, "-O3", "-std=c++17", *architecture, "-o", program, str(MICRO)]
-            step = execute(command, end - monotonic())
-            if step["status"] == "passed":
-                step = execute([program], end - monotonic(), tail=None)
-                break
-    if step["status"] == "passed":
-        text = step["output"]
-        try:
-            # Warnings may stand around it.
-            step["results"] = json.loads(text[text.find("{") : text.rfind("}") + 1])
-            step["output"] = ""
-        except ValueError as error:
-            step |= {"status": "failed", "error": f"printed no JSON object: {error}"}
-    step["output"] = step["output"][-TAIL:]
-    return step
 
 
 def execute(

@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
-import table
+from report import source
 
 MODES = ("inference", "training")
 #: Which figure stands for a way of calling.
@@ -36,7 +36,7 @@ def caption(report: dict[str, Any]) -> str:
     return (
         f"{gpu['name'] if gpu else report['device']}; fastrnn {versions['fastrnn']}, "
         f"torch {versions['torch']}, CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, "
-        f"driver {versions['driver']}; {table.source(report)}. "
+        f"driver {versions['driver']}; {source(report)}. "
         "Speed-up over nn.RNN, training is forward and backward."
     )
 
@@ -85,8 +85,8 @@ def speedup(case: dict[str, Any], way: str, mode: str) -> float | None:
     """The speed-up of a case; None if its gate is red or it was not measured."""
     if case["gate"] is not None:
         return None
-    value: float | None = case.get(way, {}).get(mode, {}).get(FIGURES[way])
-    return value
+    value: list[float | None] = case.get(way, {}).get(mode, {}).get(FIGURES[way], [None])
+    return value[0]
 
 
 def summary(cases: list[dict[str, Any]], way: str, mode: str) -> str:

@@ -5,19 +5,18 @@ As timing.py, but a call only queues its work: a round ends when the device is d
 in a process of its own, so that a fault or a kernel that never ends costs one case and no more.
 """
 
-import faulthandler
 import gc
-import multiprocessing
 import statistics
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
+import gpu_steps
 import timing
 import torch
 from cases import CLASSES, MODES
 from gpu_cases import Bench, GpuCase, failure, settings_of
-from run import described
+from report import describe, described, without_paths
 
 #: How a step is called: by Python, or as a CUDA graph that was captured once.
 WAYS = ("eager", "graph")
@@ -39,7 +38,7 @@ def perform(case: GpuCase, way: str, device: str, seconds: float) -> dict[str, A
     device : str
         ``"cuda"``, or ``"cpu"`` to try the script; that has no graphs.
     seconds : float
-        Time to spend on each mode, as of `timing.measure`.
+        Time to spend on each mode, but for a few rounds that are made in any case.
 
     Returns
     -------
@@ -88,14 +87,14 @@ def in_turns(steps: dict[str, Step], device: str, seconds: float) -> dict[str, A
         Microseconds of a call: ``<class>_us`` by the wall clock, ``<class>_gpu_us`` between two
         events on the stream, which includes what the device waits for the host. With both classes
         also nn.RNN's time / fastrnn's by either: ``speedup``, ``gpu_speedup``, the medians over
-        pairs of rounds, their quartiles, and the number of pairs.
+        pairs of rounds and their quartiles, and the number of pairs.
     """
     rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     with timing.undisturbed():
         calls = {name: calls_of_round(step, device) for name, step in steps.items()}
         end = perf_counter() + seconds
         done = 0
-        while steps and (done < timing.MIN_PAIRS or perf_counter() < end):
+        while steps and (done < timing.MIN_ROUNDS or perf_counter() < end):
             for name, step in steps.items():
                 rounds[name].append(round_of(step, calls[name], device))
             done += 1
@@ -105,10 +104,8 @@ def in_turns(steps: dict[str, Step], device: str, seconds: float) -> dict[str, A
         for name in steps:
             found[f"{name}_{clock}us"] = round(statistics.median(times[name]) * 1e6, 2)
         if len(steps) == len(CLASSES):
-            ratios = [a / b for a, b in zip(times["nn_rnn"], times["fastrnn"], strict=True)]
-            lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-            found[f"{clock}speedup"] = round(middle, 3)
-            found[f"{clock}speedup_quartiles"] = [round(lower, 3), round(upper, 3)]
+            ratios = timing.ratios(times["nn_rnn"], times["fastrnn"])
+            found[f"{clock}speedup"] = timing.median(ratios)
     return found
 
 
@@ -162,81 +159,28 @@ def peak(step: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-class Worker:
-    """A process that calls functions, one after another, and is replaced when it fails."""
+class Runner:
+    """What the process does for gpu.py."""
 
-    def __init__(self) -> None:
-        self._process: Any = None
+    def machine(self, device: str) -> dict[str, Any]:
+        """What a report tells of the machine; only now can a process load what was built."""
+        found: dict[str, Any] = without_paths(describe("gpu", [], {})["machine"])
+        return found | {"gpu": gpu_steps.gpu() if device == "cuda" else None}
 
-    def ask(self, function: Callable[..., Any], *arguments: Any, limit: float) -> Any:
-        """Call `function` in the process, which is started if there is none.
-
-        Parameters
-        ----------
-        function : callable
-            Of a module that the process can import, as its arguments and its result.
-        limit : float
-            Seconds until the process is killed.
-
-        Raises
-        ------
-        TimeoutError
-            At the limit.
-        ChildProcessError
-            If the process ends instead of answering.
-        """
-        if self._process is None:
-            self._start()
-        try:
-            self._connection.send((function, arguments))
-            # poll() cannot wait for ever.
-            if not self._connection.poll(min(limit, 1e6)):
-                self.close()
-                raise TimeoutError(f"no answer in {limit:.0f} s")
-            answer, healthy = self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self._process.join(10)
-            code = self._process.exitcode
-            self.close()
-            raise ChildProcessError(f"the process ended with exit code {code}") from error
-        if not healthy:
-            self.close()
-        return answer
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other,), daemon=True)
-        self._process.start()
-        other.close()
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(10)
-            self._connection.close()
-            self._process = None
+    def perform(
+        self, case: GpuCase, way: str, device: str, seconds: float
+    ) -> tuple[dict[str, Any], bool]:
+        """As the function of this name, and whether this process can go on."""
+        found = perform(case, way, device, seconds)
+        return found, healthy(found)
 
 
-def serve(connection: Any) -> None:
-    """Answer a `Worker` until it is gone."""
-    faulthandler.enable()
-    while True:
-        try:
-            function, arguments = connection.recv()
-        except EOFError:
-            return
-        answer = function(*arguments)
-        connection.send((answer, healthy(answer)))
-
-
-def healthy(answer: Any) -> bool:
+def healthy(found: dict[str, Any]) -> bool:
     """Whether this process can go on: after a fault, a CUDA context fails at every call.
 
     A failed capture can leave the allocator as if it went on.
     """
-    modes = answer.get("graph", {}).values() if isinstance(answer, dict) else ()
+    modes = found.get("graph", {}).values()
     if any(key.endswith("_error") for numbers in modes for key in numbers):
         return False
     gc.collect()

@@ -28,10 +28,10 @@
 #define FASTRNN_INLINE inline __attribute__((always_inline))
 // The library's own tanh; each builds on those before it.
 // clang-format off
-#include "../csrc/cpu/recurrence.h"
+#include "recurrence.h"
 using namespace fastrnn::cpu;
-#include "../csrc/cpu/vectors.inl"
-#include "../csrc/cpu/activations.inl"
+#include "vectors.inl"
+#include "activations.inl"
 // clang-format on
 
 namespace {

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compare
-import limits_table
 import native
-import run
+import report
+import table
+import torch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-INCLUDED = [run.ROOT / "csrc" / "cpu" / f"{name}.inl" for name in ("vectors", "activations")]
-OPTIONS = ["-O3", "-march=native", "-pthread", "-Wno-psabi"]
+#: Where the engine's vectors and its tanh are.
+KERNELS = next((report.ROOT / "csrc" / "cpu").rglob("vectors.inl")).parent
+OPTIONS = ["-O3", "-march=native", "-pthread", "-Wno-psabi", f"-I{KERNELS}"]
 CPUS = Path("/sys/devices/system/cpu")
 #: Seconds of repeats for each limit.
 SECONDS, QUICK_SECONDS = 0.3, 0.0
@@ -41,28 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     int
         0, or 2 if this machine lacks what is needed.
     """
-    args = compare.parse_fixed(argv, "Measure the limits of this machine.")
+    parser = argparse.ArgumentParser(description="Measure the limits of this machine.")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, rougher numbers")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
+    args = parser.parse_args(argv)
     if shutil.which("g++") is None or not caches():
         print(f"this needs g++ and the sizes of caches in {CPUS}", file=sys.stderr)
         return 2
-    report = describe(args)
-    path = args.output or compare.default_path(report, args)
-    report["limits"] = measure(report["threads"], report["settings"]["seconds"])
-    report["complete"] = not args.part
-    run.write(path, report)
-    print(limits_table.render(report))
+    settings = {"quick": args.quick, "seconds": QUICK_SECONDS if args.quick else SECONDS}
+    found = report.describe("limits", sorted({1, args.threads}), settings)
+    found["limits"] = measure(found["threads"], settings["seconds"])
+    found["complete"] = not args.quick
+    path = args.output or report.default_path(found, args.quick)
+    report.write(path, found)
+    print(table.render(found))
     print(f"written to {path.name}", file=sys.stderr)
     return 0
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The report without its limits, as of run.py."""
-    report = run.describe(args.quick)
-    report["threads"] = sorted({1, args.threads})
-    seconds = QUICK_SECONDS if args.quick else SECONDS
-    report["settings"] = {"quick": args.quick, "seconds": seconds}
-    del report["cases"]
-    return {"study": "limits", **report}
 
 
 def measure(threads: list[int], seconds: float) -> dict[str, Any]:
@@ -111,7 +107,8 @@ def measure(threads: list[int], seconds: float) -> dict[str, Any]:
 
 def caller(seconds: float) -> Callable[..., float]:
     """What calls a function of limits.cpp by its name, with whole numbers."""
-    key = "".join(path.read_text(encoding="utf-8") for path in INCLUDED)
+    included = (KERNELS / name for name in ("recurrence.h", "vectors.inl", "activations.inl"))
+    key = "".join(path.read_text(encoding="utf-8") for path in included)
     path = native.library(SOURCE, *OPTIONS, key=key + " ".join(sorted(processor_flags())))
     functions = ctypes.CDLL(str(path))
 

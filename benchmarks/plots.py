@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python benchmarks/plots.py`: the figures in docs/figures/, from the newest complete results.
 
-Nothing is measured here: the numbers are those of compare.py and scaling.py, read from their JSON.
-The same JSON and the same matplotlib give the same bytes.
+Nothing is measured here: the numbers are those of `run.py peers` and `run.py scaling`. The same
+JSON and the same matplotlib give the same bytes.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import scaling
-import table
+from cases import COMMON, VARIED, BenchmarkCase, from_spec, scaled
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from peers_table import label
+from report import ROOT, newest
+from table import duration, extras, label, shape, split
 
-FIGURES = table.ROOT / "docs" / "figures"
+FIGURES = ROOT / "docs" / "figures"
 STYLE = {
     "svg.hashsalt": "fastrnn",
     "font.size": 8.0,
@@ -52,15 +52,16 @@ def speedups(report: dict[str, Any]) -> Figure:
             (-0.2, "nn_rnn", LOOKS["nn_rnn"][0], "nn.RNN / fastrnn"),
             (0.2, "peer", LOOKS["onednn"][0], "fastest peer / fastrnn"),
         ):
-            bests = [(i, case["modes"][mode]["best"].get(key)) for i, case in enumerate(cases)]
-            bests = [(i, best) for i, best in bests if best]
-            places = [i + offset for i, _ in bests]
-            ratios = [best["ratio"] for _, best in bests]
+            modes = [(i, case["modes"][mode]) for i, case in enumerate(cases)]
+            modes = [(i, found) for i, found in modes if key in found["ratio"]]
+            places = [i + offset for i, _ in modes]
+            ratios = [found["ratio"][key][0] for _, found in modes]
             # From 1, to the left where fastrnn loses.
             widths = [ratio - 1 for ratio in ratios]
             axis.barh(places, widths, height=0.36, left=1, color=colour, label=name)
-            for place, ratio, (_, best) in zip(places, ratios, bests, strict=True):
-                who = f"  {label(best['name'])}" if key == "peer" else ""
+            for place, ratio, (_, found) in zip(places, ratios, modes, strict=True):
+                best = label(split(found["fastest"][key])[0])
+                who = f"  {best}" if key == "peer" else ""
                 axis.annotate(f"{short(ratio)}{who}", (max(ratio, 1), place), (3, 0),
                               textcoords="offset points", va="center", fontsize=6)  # fmt: skip
         axis.set_xscale("log")
@@ -72,7 +73,7 @@ def speedups(report: dict[str, Any]) -> Figure:
         axis.grid(visible=False, axis="y")
         axis.set_title(f"{mode}: time divided by fastrnn's")
         axis.tick_params(axis="y", length=0)
-    axes[0].set_yticks(range(len(cases)), [case_label(case["spec"]) for case in cases])
+    axes[0].set_yticks(range(len(cases)), [case_label(from_spec(case["spec"])) for case in cases])
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
     handles, names = axes[0].get_legend_handles_labels()
     below(figure, report, handles, names)
@@ -82,7 +83,7 @@ def speedups(report: dict[str, Any]) -> Figure:
 def scalings(report: dict[str, Any]) -> Figure:
     """The time of a call against each of T, B, H, layers and threads, one row for each mode."""
     most = max(report["threads"])
-    varied = [*scaling.VALUES, "threads"]
+    varied = [*VARIED, "threads"]
     figure = Figure(figsize=(13, 5.6))
     axes = figure.subplots(2, len(varied), sharey="row")
     peers = [peer for peer in LOOKS if peer in report["settings"]["peers"]]
@@ -97,14 +98,14 @@ def scalings(report: dict[str, Any]) -> Figure:
             axis.set_xscale("log", base=2 if name != "T" else 10)
             axis.set_yscale("log")
             plain_ticks(axis.xaxis, x_values(report, name) if name != "T" else None)
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda us, _: table.duration(us)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda us, _: duration(us)))
             axis.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel(mode)
     for axis, name in zip(axes[1], varied, strict=True):
         axis.set_xlabel(NAMES.get(name, name))
-    base = scaling.BASE
+    T, B, H = (COMMON[name] for name in ("T", "B", "H"))
     axes[0][0].set_title(
-        f"time of a call; else T = {base['T']}, B = {base['B']}, I = H = {base['H']}, one layer, "
+        f"time of a call; else T = {T}, B = {B}, I = H = {H}, one layer, "
         f"{most} {'thread' if most == 1 else 'threads'}",
         loc="left",
     )
@@ -119,20 +120,24 @@ def points_of(
     """What is varied and the median time in microseconds, of one peer."""
     if varied == "threads":
         # The common shape, in any of the lists.
-        modes = dict(scaling.series(report, "T")).get(scaling.BASE["T"], {})
-        results = modes.get(mode, {}).get("results", [])
-        return [(r["threads"], r["us"]) for r in results if r["peer"] == peer and "us" in r]
-    return [
-        (value, result["us"])
-        for value, modes in scaling.series(report, varied)
-        for result in modes[mode]["results"]
-        if (result["peer"], result["threads"]) == (peer, most) and "us" in result
-    ]
+        modes = dict(series(report, "T")).get(COMMON["T"], {})
+        found = modes.get(mode, {}).get("us", {}).items()
+        return [(int(split(who)[1]), us) for who, us in found if split(who)[0] == peer]
+    points = [(value, modes[mode]["us"]) for value, modes in series(report, varied)]
+    who = f"{peer}@{most}"
+    return [(value, us[who]) for value, us in points if who in us]
+
+
+def series(report: dict[str, Any], varied: str) -> list[tuple[int, dict[str, Any]]]:
+    """The values of what is varied, ascending, each with its case's modes."""
+    by_name = {case["spec"]["name"]: case["modes"] for case in report["cases"]}
+    wanted = [(value, scaled(varied, value).name) for value in VARIED[varied]]
+    return [(value, by_name[name]) for value, name in wanted if name in by_name]
 
 
 def x_values(report: dict[str, Any], varied: str) -> list[int]:
     """What the axis is labelled with: each value, or every second one where there are many."""
-    values: list[int] = report["threads"] if varied == "threads" else scaling.VALUES[varied]
+    values: list[int] = report["threads"] if varied == "threads" else VARIED[varied]
     return values if len(values) <= FEW_TICKS else values[::2]
 
 
@@ -160,9 +165,9 @@ def below(figure: Figure, report: dict[str, Any], handles: list[Any], names: lis
     figure.tight_layout(rect=(0, 0.2 * inch, 1, 1 - 0.25 * inch))
 
 
-def case_label(spec: dict[str, Any]) -> str:
+def case_label(case: BenchmarkCase) -> str:
     """The shape of a case and what is special in it."""
-    return f"{table.extras(spec)}  {table.shape(spec)}".strip()
+    return f"{extras(case)}  {shape(case)}".strip()
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -192,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
             ("peers", speedups, "speedups.svg"),
             ("scaling", scalings, "scaling.svg"),
         ):
-            report = table.newest(study)
+            report = newest(study)
             if report is None:
-                print(f"no complete results of {study} in {table.RESULTS.name}/", file=sys.stderr)
+                print(f"no complete results of {study}", file=sys.stderr)
             else:
                 save(draw(report), args.output / name)
     return 0

@@ -1,34 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python benchmarks/run.py`: measure every case on this CPU, and keep the results as JSON.
+"""`python benchmarks/run.py STUDY`: measure on this CPU, and keep the results as JSON.
 
-Each case passes the gate, is timed, then its memory is measured. After each case the results are
-written beside the file, to a name that ends in .unfinished, and replace it after the last one: a
-stop loses neither. They name the processor, but neither host, user nor paths.
+The studies are
+
+- ``bench``: fastrnn and nn.RNN, time and memory, with all threads;
+- ``peers``: fastrnn, nn.RNN and every installed peer, with one thread and with all;
+- ``scaling``: the time of a call against T, B, H, the layers and the threads;
+- ``busy``: fastrnn and nn.RNN where threads come late: while other processes want the cores, and in
+  calls that are far apart, since threads without work sleep.
+
+Each peer has a process for each number of threads. For a case and a mode every process loads it and
+passes the gate; then they make bursts of calls in turns, in a new random order each round. ``busy``
+has means in place of medians: a thread that comes late makes a few calls long.
+
+After each mode the results are written beside the file, to a name that ends in .unfinished, and
+replace it after the last one: a stop loses neither.
 """
 
 import argparse
-import json
-import os
-import platform
-import re
+import random
+import statistics
 import subprocess
 import sys
-from datetime import datetime, timezone
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-import gate
-import memory
+import report
 import table
 import timing
 import torch
-from cases import CASES, CLASSES, MODES, BenchmarkCase
+from cases import BUSY, CASES, CLASSES, MODES, SCALING, BenchmarkCase
+from peers import PEERS
+from peers.interface import version
+from worker import Worker
 
-from fastrnn import info
+#: The peer that the others are divided by.
+BASE = "fastrnn"
+CORES = torch.get_num_threads()
+#: ``busy``: turns of each process, and seconds of rest before each of the calls that are far apart.
+TURNS, PAUSE = 3, 0.03
 
-ROOT = Path(__file__).resolve().parents[1]
-#: Seconds of timing for each case and mode.
-SECONDS, QUICK_SECONDS = 5.0, 0.2
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured if the command line does not say otherwise.
+
+    `seconds`, of a quick run `quick_seconds`: for each case and mode; in ``busy`` for each turn.
+    """
+
+    cases: list[BenchmarkCase]
+    peers: list[str]
+    threads: list[int]
+    seconds: float
+    quick_seconds: float
+
+
+STUDIES = {
+    "bench": Study(CASES, [*CLASSES], [CORES], 5.0, 0.2),
+    "peers": Study(CASES, [*PEERS], sorted({1, CORES}), 5.0, 0.5),
+    "scaling": Study(
+        SCALING,
+        ["fastrnn", "nn_rnn", "jax_scan", "onednn"],
+        sorted({CORES, *(2**i for i in range(CORES.bit_length()) if 2**i <= CORES)}),
+        5.0,
+        0.5,
+    ),
+    "busy": Study(BUSY, [*CLASSES], sorted({1, CORES}), 1.0, 0.01),
+}
+
+
+def start(name: str, threads: int) -> Worker:
+    """The process of a peer."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "NPROC": str(threads),  # the pool of XLA, which JAX cannot set
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no processes besides this one
+        "KINETO_LOG_LEVEL": "99",  # the profiler is silent
+    }
+    return Worker("peers:Runner", name, threads, environment=environment)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,183 +96,237 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 if a case did not pass the gate; 2 if the arguments select nothing.
+        0; 1 if results were wrong; 2 if the arguments select nothing.
     """
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    cases = [case for case in CASES if args.only in case.name]
+    cases = [case for case in STUDIES[args.study].cases if args.only in case.name]
     if not cases:
         print(f"no case has {args.only!r} in its name", file=sys.stderr)
         return 2
-    report = describe(args.quick, args.only)
-    path = args.output or default_path(report, args)
-    timing.keep_freed_memory()
-    for number, case in enumerate(cases, 1):
-        entry = measure(case, QUICK_SECONDS if args.quick else SECONDS)
-        report["cases"].append(entry)
-        done = number == len(cases)
-        report["complete"] = done and not args.part
-        write(path, report, done)
-        print(f"{number}/{len(cases)} {progress(entry)}", file=sys.stderr, flush=True)
-    print(table.render(report))
-    return 1 if any(entry["gate"] is not None for entry in report["cases"]) else 0
+    found = describe(args)
+    path = args.output or report.default_path(found, args.part)
+    sweep(found, cases, args, path)
+    print(table.render(found))
+    print(f"written to {path.name}", file=sys.stderr)
+    return 1 if any("wrong" in m for case in found["cases"] for m in case["modes"].values()) else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compare fastrnn.RNN with torch.nn.RNN.")
+    parser = argparse.ArgumentParser(description="Measure fastrnn and others on this CPU.")
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, rougher numbers")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="cases with this name")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--peers", type=names, metavar="A,B",
+                        help=f"of {', '.join(PEERS)}; {BASE} always")  # fmt: skip
+    parser.add_argument("--threads", type=numbers, metavar="N,M")
+    parser.add_argument("--seconds", type=float, metavar="S", help="for each case and mode")
     parser.add_argument("--output", type=Path, metavar="PATH", help="JSON file to write")
     args = parser.parse_args(argv)
-    args.part = bool(args.quick or args.only)
+    study = STUDIES[args.study]
+    args.part = bool(args.quick or args.only or args.peers)
+    args.peers = args.peers or study.peers
+    args.threads = args.threads or study.threads
+    if args.study == "bench" and len(args.threads) > 1:
+        parser.error("bench takes one number of threads")
+    if args.seconds is None:
+        args.seconds = study.quick_seconds if args.quick else study.seconds
     return args
 
 
-def measure(case: BenchmarkCase, seconds: float) -> dict[str, Any]:
-    """All of one case: what it is, the gate's word (None is good) and, if good, the numbers."""
-    entry: dict[str, Any] = {"spec": case.spec(), "gate": gate.failure(case), "modes": {}}
-    if entry["gate"] is not None:
-        return entry
-    for mode in MODES:
-        timed = timing.measure(case, mode, seconds)
-        entry["modes"][mode] = {
-            "nn_rnn_us": round(timed.nn_rnn * 1e6, 2),
-            "fastrnn_us": round(timed.fastrnn * 1e6, 2),
-            "speedup": round(timed.speedup, 3),
-            "speedup_quartiles": [round(ratio, 3) for ratio in timed.speedup_quartiles],
-            "pairs": timed.pairs,
-        }
-        for name in CLASSES:
-            peak = memory.peak_in_own_process(case, name, mode)
-            entry["modes"][mode][f"{name}_peak_bytes"] = peak
-    return entry
+def names(text: str) -> list[str]:
+    """The peers of an argument, in the order of `PEERS`."""
+    asked = {BASE, *text.split(",")}
+    if asked - PEERS.keys():
+        raise argparse.ArgumentTypeError(f"no peer {', '.join(sorted(asked - PEERS.keys()))}")
+    return [name for name in PEERS if name in asked]
 
 
-def describe(quick: bool, only: str = "") -> dict[str, Any]:
-    """The report without its cases: where, with what and how they were measured.
+def numbers(text: str) -> list[int]:
+    """The numbers of an argument, ascending."""
+    return sorted({int(number) for number in text.split(",")})
 
-    Parameters
-    ----------
-    quick : bool
-        Whether the numbers are rough.
-    only : str
-        What the names of the cases have in common.
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """The report without its cases."""
+    settings = {name: getattr(args, name) for name in ("quick", "only", "peers", "seconds")}
+    if args.study == "busy":
+        settings |= {"turns": TURNS, "pause": PAUSE, "busy": sorted({0, *args.threads})}
+    else:
+        settings |= {"round_seconds": timing.ROUND, "min_rounds": timing.MIN_ROUNDS}
+    found = report.describe(args.study, args.threads, settings)
+    packages = sorted({package for name in args.peers for package in PEERS[name].packages})
+    found["versions"] |= {package: version(package) for package in packages}
+    missing = {name: reason for name in args.peers if (reason := PEERS[name].missing())}
+    return {**found, "not_installed": missing, "cases": []}
+
+
+def sweep(
+    found: dict[str, Any], cases: list[BenchmarkCase], args: argparse.Namespace, path: Path
+) -> None:
+    """Measure the cases into the report, and write it as it grows."""
+    present = [name for name in args.peers if name not in found["not_installed"]]
+    whos = [(name, count) for name in present for count in args.threads]
+    workers = {f"{name}@{count}": start(name, count) for name, count in whos}
+    # In processes of their own, which only bench asks: the profiler may leave something behind.
+    memory = {f"{name}@{count}": start(name, count) for name, count in whos}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for number, case in enumerate(cases, 1):
+                entry: dict[str, Any] = {"spec": case.spec(), "modes": {}}
+                found["cases"].append(entry)
+                reference = Path(folder) / "reference"
+                [*workers.values()][-1].ask("reference", case, reference)
+                for mode in MODES:
+                    of_mode = measure(case, mode, workers, reference, args)
+                    if args.study == "bench":
+                        of_mode["peak_bytes"] = {
+                            who: memory[who].ask("peak", case, mode) for who in of_mode["us"]
+                        }
+                    entry["modes"][mode] = of_mode
+                    last = number == len(cases) and mode == MODES[-1]
+                    found["complete"] = last and not args.part
+                    report.write(path, found, done=last)
+                    progress = f"{number}/{len(cases)} {case.name} {mode}:"
+                    print(progress, said(of_mode), file=sys.stderr, flush=True)
+    finally:
+        for worker in [*workers.values(), *memory.values()]:
+            worker.close()
+
+
+def measure(
+    case: BenchmarkCase,
+    mode: str,
+    workers: dict[str, Any],
+    reference: Path,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """All of one mode: the numbers of each worker, or why there are none.
 
     Returns
     -------
     dict
-        Fit for JSON, not yet ``complete``.
+        ``not_run`` and ``wrong`` with reasons, where there are any; else as of the study.
     """
-    facts = info.collect()
+    found: dict[str, Any] = {}
+    ready = {}
+    for who, worker in workers.items():
+        name = who.split("@")[0]
+        reason = PEERS[name].unsupported(case, mode)
+        answer = {"not_run": reason} if reason else asked(worker, "load", case, mode, reference)
+        if "calls" in answer:
+            ready[who] = worker
+        for kind, text in answer.items():
+            if kind in ("not_run", "wrong"):
+                found.setdefault(kind, {})[name if reason else who] = text
+    if args.study == "busy":
+        return found | late(ready, args)
+    rounds, failed = in_turns(ready, args.seconds)
+    if failed:
+        found.setdefault("not_run", {}).update(failed)
+    return found | summary(rounds)
+
+
+def asked(worker: Any, method: str, *arguments: Any) -> dict[str, Any]:
+    """The answer of a worker; a process that fails has not run."""
+    try:
+        answer: dict[str, Any] = worker.ask(method, *arguments)
+        return answer
+    except (TimeoutError, ChildProcessError) as error:
+        return {"not_run": report.described(error)}
+
+
+def in_turns(
+    workers: dict[str, Any], seconds: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of a call of each worker in each round, and why a worker has none: it failed."""
+    order = random.Random(0)
+    rounds: dict[str, list[float]] = {who: [] for who in workers}
+    failed: dict[str, str] = {}
+    end = perf_counter() + seconds
+    done = 0
+    while rounds and (done < timing.MIN_ROUNDS or perf_counter() < end):
+        for who in order.sample([*rounds], len(rounds)):
+            try:
+                rounds[who].append(workers[who].ask("burst"))
+            except (TimeoutError, ChildProcessError) as error:
+                failed[who] = report.described(error)
+                del rounds[who]
+        done += 1
+    return rounds, failed
+
+
+def summary(rounds: dict[str, list[float]]) -> dict[str, Any]:
+    """What is kept of the rounds.
+
+    Returns
+    -------
+    dict
+        The number of ``rounds``; ``us``: the median time of a call of each worker, in microseconds;
+        ``fastest``: which workers of fastrnn, of nn.RNN and of all peers are; ``ratio``: how many
+        times as long as fastrnn the latter two take in a round, the median and both quartiles.
+    """
+    medians = {who: statistics.median(times) for who, times in rounds.items()}
+    groups = {
+        BASE: [who for who in rounds if who.startswith(f"{BASE}@")],
+        "nn_rnn": [who for who in rounds if who.startswith("nn_rnn@")],
+        "peer": [who for who in rounds if not who.startswith(f"{BASE}@")],
+    }
+    fastest = {name: min(of_group, key=medians.__getitem__) for name, of_group in groups.items()
+               if of_group}  # fmt: skip
+    ratio = {
+        name: timing.median(timing.ratios(rounds[who], rounds[fastest[BASE]]))
+        for name, who in fastest.items()
+        if name != BASE and BASE in fastest
+    }
     return {
-        "device": "cpu",
-        "complete": False,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {
-            "cpu": facts["cpu"],
-            "cores": facts["cpus"],
-            "capability": facts["cpu_capability"],
-            "os": " ".join([platform.system(), platform.machine(), *platform.libc_ver()]).strip(),
-            "build": facts["build"],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": facts["torch"],
-            "fastrnn": facts["fastrnn"],
-        },
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "settings": {
-            "quick": quick,
-            "only": only,
-            "seconds": QUICK_SECONDS if quick else SECONDS,
-            "round_seconds": timing.ROUND,
-            "min_pairs": timing.MIN_PAIRS,
-        },
-        "cases": [],
+        "rounds": max(map(len, rounds.values()), default=0),
+        "us": {who: round(1e6 * time, 2) for who, time in medians.items()},
+        "fastest": fastest,
+        "ratio": ratio,
     }
 
 
-def commit() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether more than results differs; None without git."""
+def late(workers: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds of a call of each worker: ``us`` beside each number of busy processes, and in
+    calls that are far apart."""
+    order, found = random.Random(0), {}
+    counts = {str(count): (count, 0.0) for count in sorted({0, *args.threads})}
+    for name, (count, pause) in {**counts, "apart": (0, PAUSE)}.items():
+        times: dict[str, list[float]] = {who: [] for who in workers}
+        with busy_processes(count):
+            for _ in range(TURNS):
+                for who in order.sample([*workers], len(workers)):
+                    times[who].append(workers[who].ask("mean", args.seconds, pause))
+        found[name] = {who: round(1e6 * statistics.mean(each), 2) for who, each in times.items()}
+    return {"us": found}
 
-    def git(*arguments: str) -> str:
-        # The ceiling keeps git from answering for a repository that this folder only lies in.
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
-        command = ["git", "-C", str(ROOT), *arguments]
-        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        return run.stdout.strip()
 
+@contextmanager
+def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Keep so many cores busy."""
+    code = "print(flush=True)\nwhile True: pass"
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
     try:
-        changes = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
-        )
-        return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changes)}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
-def default_path(report: dict[str, Any], args: argparse.Namespace) -> Path:
-    """The file for this machine and day; another one if not everything is measured."""
-    name = f"{report['machine']['cpu']} {report['threads']} threads {report['date'][:10]}"
-    return table.RESULTS / file_name(name, args.part)
-
-
-def file_name(name: str, part: bool) -> str:
-    """The name of a file of results, in plain letters; `part`: not everything is measured."""
-    plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"{plain}{'-part' if part else ''}.json"
-
-
-def write(path: Path, report: dict[str, Any], done: bool = True) -> None:
-    """Write the report; a stop while writing leaves all files as they were.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    report : dict
-        What is written.
-    done : bool
-        If not, the report lies beside the file, its name ending in ``.unfinished``: the file may
-        hold all that an earlier run of the day measured.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, writing = path.with_suffix(".unfinished"), path.with_suffix(".writing")
-    writing.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    writing.replace(path if done else unfinished)
-    if done:
-        unfinished.unlink(missing_ok=True)
-
-
-def described(error: Exception) -> str:
-    """The kind of error and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def without_paths(value: Any) -> Any:
-    """A value for the JSON, its text without folders outside the checkout and without the host."""
-    if isinstance(value, dict):
-        return {key: without_paths(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [without_paths(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    value = value.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    # The folders of an absolute path, which may follow an option as in -I/usr/include.
-    value = re.sub(r"(?:(?<![\w./-])|(?<=-[ILB]))/(?:[^\s/:;,\"'=()]+/)+", "…/", value)
-    host = re.escape(platform.node())
-    return re.sub(rf"(?<!\w){host}(?!\w)", "<host>", value) if host else value
-
-
-def progress(entry: dict[str, Any]) -> str:
-    """One line about a finished case."""
-    if entry["gate"] is not None:
-        return f"{entry['spec']['name']}: WRONG RESULTS: {entry['gate']}"
-    ratios = (f"{mode} {numbers['speedup']:.2f}x" for mode, numbers in entry["modes"].items())
-    return f"{entry['spec']['name']}: {', '.join(ratios)}"
+def said(mode: dict[str, Any]) -> str:
+    """One line about a finished mode."""
+    words = []
+    if BASE in mode.get("fastest", {}):
+        words.append(f"{mode['us'][mode['fastest'][BASE]]:.1f} us")
+        others = {mode["fastest"][name]: r[0] for name, r in mode["ratio"].items()}
+        words += [f"{who} {ratio:.2f}x" for who, ratio in others.items()]
+    return ", ".join([*words, *(f"WRONG: {who}" for who in mode.get("wrong", {}))])
 
 
 if __name__ == "__main__":

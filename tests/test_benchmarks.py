@@ -6,27 +6,48 @@ No test here looks at how large a time or a speed-up is.
 
 import copy
 import json
-import math
 import platform
-from pathlib import Path
 
 import cases
 import gate
-import memory
 import pytest
-import run
+import report
 import table
-import test_speed
 import timing
 import torch
 
 import fastrnn
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks"
-
 TINY = cases.by_name("tiny")
-README = f"# title\n\n{table.BEGIN}\n{table.END}\n\nand more\n"
+SMALL = cases.BenchmarkCase(5, 3, 4, 7, name="small", reason="")
+PACKED = cases.BenchmarkCase(0, 0, 3, 5, lengths=(2, 6, 1), name="packed", reason="")
+HALF = cases.BenchmarkCase(5, 3, 4, 7, dtype=torch.float16, name="half", reason="")
+PAGE = "# title\n\n<!-- {0}:begin -->\n<!-- {0}:end -->\n\nand more\n"
+#: Results of two cases.
+BENCH = {
+    "study": "bench",
+    "device": "cpu",
+    "complete": True,
+    "date": "2026-01-02T03:04:05+00:00",
+    "machine": {"cpu": "made up", "cores": {"usable": 1}, "capability": {"fastrnn": "avx2"}},
+    "versions": {"python": "3", "torch": "2", "fastrnn": "1"},
+    "commit": {"hash": "0123456789abcdef", "dirty": True},
+    "threads": [1],
+    "cases": [
+        {
+            "spec": cases.by_name(name).spec(),
+            "modes": {
+                mode: {
+                    "us": {"nn_rnn@1": 1500.4, "fastrnn@1": 2000.0},
+                    "ratio": {"nn_rnn": [0.7512, 0.7, 0.8]},
+                    "peak_bytes": {"nn_rnn@1": 400, "fastrnn@1": 100},
+                }
+                for mode in cases.MODES
+            },
+        }
+        for name in ("tiny", "packed")
+    ],
+}
 
 
 class WrongWeights(fastrnn.RNN):
@@ -54,63 +75,56 @@ class WrongInference(fastrnn.RNN):
         return (output, h_n) if torch.is_grad_enabled() else (output * 1.001, h_n)
 
 
-class Broken(fastrnn.RNN):
-    def forward(self, input, hx=None):
-        raise RuntimeError("made up by the test")
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """The results of a quick run of the smallest case."""
-    path = tmp_path_factory.mktemp("results") / "new" / "results.json"
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        # Without a new process: the test of that is below.
-        patch.setattr(memory, "peak_in_own_process", memory.peak)
-        options = ["--quick", "--only", "tiny", "--threads", "1", "--output", str(path)]
-        assert run.main(options) == 0
-    torch.set_num_threads(threads)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @pytest.fixture
-def results(report, tmp_path, monkeypatch):
-    """A folder of results, in place of the committed ones, with one complete report."""
-    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
-    save({**report, "complete": True}, "first")
-    return table.RESULTS
+def pages(tmp_path, monkeypatch):
+    """A folder of results with one complete report; a README and the page of all cases."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table, "HEADLINE", (TINY.name,))
+    save("first")
+    readme, performance = (tmp_path / name for name in ("README.md", "performance.md"))
+    readme.write_text(PAGE.format("benchmark"), encoding="utf-8")
+    both = PAGE.format("nn-rnn") + PAGE.format("benchmark")
+    performance.write_text(both, encoding="utf-8")
+    return readme, performance
 
 
-@pytest.fixture
-def readme(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(README, encoding="utf-8")
-    return path
+def save(name, **changes):
+    report.write(report.RESULTS / f"{name}.json", {**BENCH, **changes})
 
 
-def save(report, name):
-    run.write(table.RESULTS / f"{name}.json", report)
+def write_tables(pages, *options):
+    readme, performance = map(str, pages)
+    return table.main([*options, "--readme", readme, "--performance", performance])
 
 
-def with_numbers(report, mode, **numbers):
-    """A copy of the report in which one case's numbers are these."""
-    changed = copy.deepcopy(report)
-    changed["cases"][0]["modes"][mode].update(numbers)
-    return changed
+def text_of(pages):
+    return [page.read_text(encoding="utf-8") for page in pages]
 
 
-def test_names_of_cases_are_unique():
-    names = [case.name for case in cases.CASES]
-    assert len(set(names)) == len(names)
+def differences(module, case):
+    """What the gate says of everything that a module computes."""
+    theirs, exact = (
+        gate.results(case.module(torch.nn.RNN, case.dtype).to(dtype), case)
+        for dtype in (case.dtype, torch.float64)
+    )
+    try:
+        gate.assert_right(gate.results(module, case), theirs, exact, case)
+    except AssertionError as error:
+        return str(error)
+    return ""
 
 
-def test_every_case_has_a_reason():
+def test_no_two_cases_are_the_same_call_or_have_one_name():
+    assert len({(str(case), case.dtype) for case in cases.CASES}) == len(cases.CASES)
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
     assert all(case.reason for case in cases.CASES)
 
 
-def test_no_two_cases_are_the_same_call():
-    calls = {(str(case), case.dtype) for case in cases.CASES}
-    assert len(calls) == len(cases.CASES)
+def test_a_case_is_read_from_what_is_written_of_it():
+    for case in [*cases.CASES, *cases.SCALING]:
+        read = cases.from_spec(json.loads(json.dumps(case.spec())))
+        assert (str(read), read.dtype, read.name) == (str(case), case.dtype, case.name)
+    assert TINY.spec() == {"name": "tiny", "T": 9, "B": 1, "I": 1, "H": 1}
 
 
 @pytest.mark.parametrize("class_name", cases.CLASSES)
@@ -131,51 +145,57 @@ def test_a_training_step_computes_all_gradients_and_leaves_none(class_name, monk
     assert left == [None] * 4
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "float16"])
-def test_the_gate_lets_right_results_pass(name):
-    assert gate.failure(cases.by_name(name)) is None
+@pytest.mark.parametrize("case", [TINY, SMALL, PACKED, HALF], ids=str)
+def test_the_gate_lets_right_results_pass(case):
+    assert not differences(case.module(fastrnn.RNN, case.dtype), case)
+
+
+@pytest.mark.parametrize(
+    ("cls", "said", "not_said"),
+    [
+        (WrongWeights, "output: error", "nothing"),
+        (WrongGradient, "grad_weight_hh_l0: error", "output"),
+        (WrongInference, "inference_output: error", "grad"),
+    ],
+)
+def test_the_gate_names_what_is_wrong(cls, said, not_said):
+    found = differences(SMALL.module(cls, SMALL.dtype), SMALL)
+    assert said in found and not_said not in found
 
 
 def test_the_gate_compares_packed_sequences():
-    case = cases.BenchmarkCase(0, 0, 3, 5, lengths=(2, 6, 1), name="", reason="")
-    assert gate.failure(case) is None
-    assert "output" in gate.failure(case, WrongWeights)
+    assert "output" in differences(PACKED.module(WrongWeights, PACKED.dtype), PACKED)
 
 
-@pytest.mark.parametrize("wrong", [WrongWeights, WrongGradient, WrongInference, Broken])
-def test_the_gate_stops_wrong_results(wrong):
-    assert gate.failure(cases.by_name("small"), wrong)
+def test_gradients_of_many_relus_have_room_for_the_kink():
+    case = cases.parse_shape("10,100,2,1000,nonlinearity=relu")
+    exact = {"output": torch.ones(100), "grad_weight_ih_l0": torch.ones(100)}
+
+    def off(name, error):
+        return {**exact, name: exact[name] + error}
+
+    gate.assert_right(off("grad_weight_ih_l0", 1e-3), exact, exact, case)
+    for name, error in (("grad_weight_ih_l0", 1e-2), ("output", 1e-3)):
+        with pytest.raises(AssertionError, match=name):
+            gate.assert_right(off(name, error), exact, exact, case)
+    with pytest.raises(AssertionError, match="grad_weight_ih_l0"):
+        tanh = cases.parse_shape("10,100,2,1000")
+        gate.assert_right(off("grad_weight_ih_l0", 1e-3), exact, exact, tanh)
 
 
-def test_the_gate_names_what_is_wrong():
-    small = cases.by_name("small")
-    failure = gate.failure(small, WrongGradient)
-    assert "grad_weight_hh_l0: error" in failure and "output" not in failure
-    failure = gate.failure(small, WrongInference)
-    assert "inference_output: error" in failure and "grad" not in failure
-    assert gate.failure(small, Broken) == "RuntimeError: made up by the test"
+def test_a_median_stands_before_its_quartiles():
+    assert timing.median([4.0, 1.0, 2.0, 3.0, 5.0]) == [3, 2, 4]
+    assert timing.ratios([4.0, 9.0], [2.0, 3.0]) == [2, 3]
 
 
-@pytest.mark.parametrize("mode", cases.MODES)
-def test_times_are_finite_and_positive(mode):
-    timed = timing.measure(TINY, mode, seconds=0.0)
-    lower, upper = timed.speedup_quartiles
-    times = [timed.nn_rnn, timed.fastrnn, lower, timed.speedup, upper]
-    assert all(math.isfinite(time) and time > 0 for time in times)
-    assert lower <= timed.speedup <= upper
-    assert timed.pairs == timing.MIN_PAIRS
-
-
-def test_rounds_of_the_classes_take_turns(monkeypatch):
-    turns = []
-
-    def step(case, class_name, mode):
-        return lambda: turns.append(class_name)
-
-    monkeypatch.setattr(cases.BenchmarkCase, "step", step)
-    monkeypatch.setattr(timing, "calls_of_round", lambda step: 2)
-    timing.measure(TINY, "training", seconds=0.0)
-    assert turns == (["nn_rnn"] * 2 + ["fastrnn"] * 2) * timing.MIN_PAIRS
+def test_a_round_has_enough_calls_and_a_burst_is_warm(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "round_of", lambda step, calls: 1e-3)
+    assert timing.calls_of_round(lambda: None) == 16
+    monkeypatch.undo()
+    assert timing.burst(lambda: calls.append(1), 3, warm_up=False) > 0 and len(calls) == 3
+    timing.burst(lambda: calls.append(1), 3)
+    assert len(calls) > 3 + 3
 
 
 def test_peak_memory_counts_the_output_and_not_what_was_there_before():
@@ -183,147 +203,56 @@ def test_peak_memory_counts_the_output_and_not_what_was_there_before():
     output = 50 * 8 * 32 * 4
     for class_name in cases.CLASSES:
         # nn.RNN also holds the input's product and every step by itself: as much again, twice.
-        assert output <= memory.peak(case, class_name, "inference") < 4 * output
+        assert output <= timing.peak(case, class_name, "inference") < 4 * output
 
 
-def test_peak_memory_of_training_is_more_than_of_inference(report):
-    inference, training = (report["cases"][0]["modes"][mode] for mode in cases.MODES)
-    for class_name in cases.CLASSES:
-        name = f"{class_name}_peak_bytes"
-        assert training[name] > inference[name]
+def test_peak_memory_is_the_same_again():
+    first = timing.peak(TINY, "fastrnn", "training")
+    assert timing.peak(TINY, "fastrnn", "training") == first
 
 
-def test_peak_memory_is_the_same_again_and_in_a_process_of_its_own():
-    first = memory.peak(TINY, "fastrnn", "training")
-    assert memory.peak(TINY, "fastrnn", "training") == first
-    assert memory.peak_in_own_process(TINY, "fastrnn", "training") == first
+def test_json_has_a_line_for_what_fits_into_one():
+    value = {"a": [1, {"b": None}], "c": {"µ": "x" * report.WIDTH}, "d": [{}, []]}
+    text = report.dumps(value)
+    assert json.loads(text) == value
+    assert text.splitlines()[:2] == ["{", ' "a": [1, {"b": null}],'] and len(text.splitlines()) == 7
 
 
-def test_results_tell_the_machine_the_versions_and_the_settings(report):
-    assert report["machine"]["cpu"]
-    assert report["machine"]["capability"]["fastrnn"] in ("default", "avx2", "avx512")
-    assert report["machine"]["cores"]["usable"] >= 1
-    assert report["versions"]["torch"] == torch.__version__
-    assert report["versions"]["fastrnn"] == fastrnn.__version__
-    assert report["threads"] == 1
-    assert report["settings"]["quick"] is True
+def test_results_have_one_file_for_each_study_and_machine():
+    found = report.describe("bench", [1], {})
+    found["machine"] |= {"cpu": "A (R) CPU", "cores": {"usable": 2}}
+    assert report.default_path(found, False).name == "bench-a-r-cpu-2-cores.json"
+    assert report.default_path(found, True).name == "bench-a-r-cpu-2-cores-part.json"
 
 
-def test_results_name_neither_path_nor_host(report):
-    text = json.dumps(report)
-    assert '"/' not in text
-    assert json.dumps(platform.node()) not in text
-
-
-def test_results_hold_the_numbers_of_both_classes_in_both_modes(report):
-    (case,) = report["cases"]
-    assert case["spec"]["name"] == "tiny"
-    assert case["gate"] is None
-    for mode in cases.MODES:
-        numbers = case["modes"][mode]
-        names = ["nn_rnn_us", "fastrnn_us", "speedup", "nn_rnn_peak_bytes", "fastrnn_peak_bytes"]
-        assert all(numbers[name] > 0 for name in names)
-        assert len(numbers["speedup_quartiles"]) == 2
-
-
-def test_results_of_some_cases_are_not_complete(report):
-    assert report["complete"] is False
-
-
-def test_results_of_some_cases_have_a_file_of_their_own(report):
-    whole, part = (run.default_path(report, run.parse(o)).name for o in ([], ["--only", "tiny"]))
-    assert f"-1-threads-{report['date'][:10]}.json" in whole
-    assert part == whole.replace(".json", "-part.json")
-
-
-def test_wrong_results_get_no_speed_up_and_an_exit_status(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gate, "failure", lambda case: "output: wrong")
-    path = tmp_path / "results.json"
-    threads = str(torch.get_num_threads())
-    assert run.main(["--only", "tiny", "--threads", threads, "--output", str(path)]) == 1
-    (case,) = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    assert (case["gate"], case["modes"]) == ("output: wrong", {})
-    assert "wrong results" in capsys.readouterr().out
-
-
-@pytest.fixture
-def two_cases(monkeypatch):
-    """Names of two cases, in place of all, and a function that measures nothing."""
-    measured = cases.CASES[:2]
-    monkeypatch.setattr(run, "CASES", measured)
-    monkeypatch.setattr(
-        run, "measure", lambda case, seconds: {"spec": case.spec(), "gate": "made up"}
-    )
-    return [case.name for case in measured]
-
-
-def run_all(path):
-    run.main(["--threads", str(torch.get_num_threads()), "--output", str(path)])
-
-
-def names_in(path):
-    return [case["spec"]["name"] for case in json.loads(path.read_text(encoding="utf-8"))["cases"]]
-
-
-def test_a_stop_leaves_the_cases_before_it_and_the_results_of_an_earlier_run(
-    two_cases, results, monkeypatch
-):
-    def measure(case, seconds):
-        if case.name == two_cases[1]:
-            raise KeyboardInterrupt
-        return measure_all(case, seconds)
-
-    measure_all = run.measure
-    monkeypatch.setattr(run, "measure", measure)
-    path, before = results / "first.json", table.newest()
-    with pytest.raises(KeyboardInterrupt):
-        run_all(path)
-    assert names_in(results / "first.unfinished") == two_cases[:1]
-    assert json.loads(path.read_text(encoding="utf-8")) == before == table.newest()
-
-
-def test_the_last_case_replaces_the_results_of_an_earlier_run(two_cases, results):
-    path = results / "first.json"
-    run_all(path)
-    assert names_in(path) == two_cases and table.newest()["complete"] is True
-    assert list(results.iterdir()) == [path]
-
-
-def test_an_unknown_case_is_refused(capsys):
-    assert run.main(["--only", "no such case"]) == 2
-    assert "no case has 'no such case' in its name" in capsys.readouterr().err
+def test_committed_results_are_small_and_name_neither_path_nor_host():
+    paths = [*report.RESULTS.glob("*.json")]
+    assert sum(path.stat().st_size for path in paths) < 200_000
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert '"/' not in text and json.dumps(platform.node()) not in text
+        assert report.dumps(json.loads(text)) + "\n" == text
 
 
 def test_texts_for_the_json_name_neither_folders_nor_the_host():
-    text = f"{run.ROOT}/csrc/a.cpp: -I/opt/x/include /usr/bin/nvcc, on {platform.node()}."
-    assert run.without_paths({"a": [text, 1]}) == {
+    text = f"{report.ROOT}/csrc/a.cpp: -I/opt/x/include /usr/bin/nvcc, on {platform.node()}."
+    assert report.without_paths({"a": [text, 1]}) == {
         "a": ["csrc/a.cpp: -I…/include …/nvcc, on <host>.", 1]
     }
     harmless = "tests/test_a.py::test_b 1/2 a / b // c"
-    assert run.without_paths(harmless) == harmless
+    assert report.without_paths(harmless) == harmless
 
 
-def test_every_row_of_the_table_has_every_column(report):
-    text = table.render(with_numbers(report, "training"))
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 3
-    assert {line.count("|") for line in lines} == {len(table.COLUMNS) + 1}
+def test_the_table_has_every_column_tells_losses_and_memory_as_a_ratio():
+    lines = [line for line in table.render(BENCH).splitlines() if line.startswith("|")]
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[2] == ("| (9, 1, 1, 1) |  | 1.5 ms | 2 ms | 0.75 | 1.5 ms | 2 ms | 0.75 | 0.25 |")
+    assert "| packed, lengths 10 to 100 |" in lines[3]
 
 
-def test_the_table_tells_losses(report):
-    changed = with_numbers(report, "inference", nn_rnn_us=1500.4, fastrnn_us=2000, speedup=0.7512)
-    assert "| (9, 1, 1, 1) |  | 1.5 ms | 2 ms | 0.75 |" in table.render(changed)
-
-
-def test_the_table_tells_memory_as_a_ratio(report):
-    changed = with_numbers(report, "training", nn_rnn_peak_bytes=400, fastrnn_peak_bytes=100)
-    assert table.render(changed).endswith("| 0.25 |")
-
-
-def test_the_table_tells_what_is_special_in_a_case(report):
-    changed = copy.deepcopy(report)
-    changed["cases"][0]["spec"].update(dtype="bfloat16", num_layers=2, lengths=[3, 1])
-    assert "| bfloat16, 2 layers, packed, lengths 1 to 3 |" in table.render(changed)
+def test_the_table_tells_what_is_special_in_a_case():
+    case = cases.parse_shape("1,2,3,4,dtype=bfloat16,num_layers=2,lengths=3:1,batch_first=1")
+    assert table.extras(case) == "bfloat16, 2 layers, batch_first, packed, lengths 1 to 3"
 
 
 @pytest.mark.parametrize(
@@ -334,60 +263,57 @@ def test_durations_have_three_digits_and_a_unit(microseconds, text):
     assert table.duration(microseconds) == text
 
 
-def test_the_table_is_written_between_the_marks_and_then_found_up_to_date(results, readme):
-    assert table.main(["--readme", str(readme), "--check"]) == 1
-    assert readme.read_text(encoding="utf-8") == README
-    assert table.main(["--readme", str(readme)]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert "| (9, 1, 1, 1) |" in text
-    assert text.startswith("# title\n\n") and text.endswith("\n\nand more\n")
-    assert table.main(["--readme", str(readme), "--check"]) == 0
+def test_tables_are_written_between_the_marks_and_then_found_up_to_date(pages):
+    assert write_tables(pages, "--check") == 1
+    assert text_of(pages)[0] == PAGE.format("benchmark")
+    assert write_tables(pages) == 0 == write_tables(pages, "--check")
+    readme, performance = text_of(pages)
+    assert readme.startswith("# title\n\n") and readme.endswith("\n\nand more\n")
+    # The README has the case of the headline alone.
+    assert readme.count("\n| (") == 2 and performance.count("\n| (") == 3
+    assert "commit 0123456789 with changes; 2026-01-02" in readme
 
 
-def test_a_table_of_older_results_is_out_of_date(results, readme, report):
-    table.main(["--readme", str(readme)])
-    save({**report, "complete": True, "date": "2999-01-01", "threads": 77}, "a name before")
-    assert table.main(["--readme", str(readme), "--check"]) == 1
-    table.main(["--readme", str(readme)])
-    assert "77 threads" in readme.read_text(encoding="utf-8")
+def test_a_table_edited_by_hand_is_out_of_date(pages):
+    write_tables(pages)
+    for page, text in zip(pages, text_of(pages), strict=True):
+        page.write_text(text.replace("ms", "s"), encoding="utf-8")
+        assert write_tables(pages, "--check") == 1
+        page.write_text(text, encoding="utf-8")
+    assert write_tables(pages, "--check") == 0
 
 
-def test_a_table_edited_by_hand_is_out_of_date(results, readme):
-    table.main(["--readme", str(readme)])
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(text.replace("µs", "ns"), encoding="utf-8")
-    assert table.main(["--readme", str(readme), "--check"]) == 1
+def test_a_table_of_older_results_is_out_of_date(pages):
+    write_tables(pages)
+    changed = copy.deepcopy(BENCH["cases"])
+    changed[0]["modes"]["training"]["us"]["fastrnn@1"] = 77.0
+    save("a name before", date="2999-01-01", cases=changed)
+    assert write_tables(pages, "--check") == 1
+    write_tables(pages)
+    assert all("77 µs" in text for text in text_of(pages))
 
 
-def test_incomplete_results_are_published_only_if_named(results, readme, report):
-    save({**report, "date": "2999-01-01", "threads": 77}, "incomplete")
-    assert table.newest()["threads"] == 1
-    table.main([str(results / "incomplete.json"), "--readme", str(readme)])
-    assert "77 threads" in readme.read_text(encoding="utf-8")
+def test_incomplete_results_are_published_only_if_named(pages):
+    save("incomplete", date="2999-01-01", complete=False)
+    write_tables(pages)
+    assert "2999" not in "".join(text_of(pages))
+    write_tables(pages, "--json", str(report.RESULTS / "incomplete.json"))
+    assert all("2999" in text for text in text_of(pages))
 
 
-def test_without_results_the_readme_has_no_table(tmp_path, readme, monkeypatch):
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
-    assert table.main(["--readme", str(readme), "--check"]) == 0
+def test_without_results_pages_have_no_table(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "none")
+    assert write_tables(pages, "--check") == 0
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused():
+def test_a_page_without_a_place_for_the_table_is_refused():
     with pytest.raises(ValueError, match="one line <!-- benchmark:begin -->"):
-        table.updated("# title\n", None)
+        table.updated("# title\n", "benchmark", None)
 
 
-def test_the_table_of_the_readme_is_that_of_the_newest_committed_results():
+def test_the_readme_has_some_of_the_cases():
+    assert set(table.HEADLINE) < {case.name for case in cases.CASES}
+
+
+def test_the_tables_of_the_pages_are_those_of_the_newest_committed_results():
     assert table.main(["--check"]) == 0
-
-
-@pytest.mark.parametrize("class_name", cases.CLASSES)
-def test_the_benchmarks_of_pytest_are_grouped_by_case_and_mode(class_name):
-    groups = []
-    for mode in cases.MODES:
-
-        def benchmark(step):
-            step()
-            groups.append(benchmark.group)
-
-        test_speed.test_speed(benchmark, TINY, mode, class_name)
-    assert groups == ["tiny inference", "tiny training"]

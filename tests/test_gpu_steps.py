@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu.py around its measurements: build, suite, microbenchmarks, JSON, table, status."""
+"""benchmarks/gpu.py around its measurements: build, suite, JSON, table, exit status."""
 
 import json
 import platform
@@ -10,13 +10,11 @@ import gpu
 import gpu_cases
 import gpu_steps
 import gpu_table
+import gpu_timing
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
 TINY = gpu_cases.make("fp32", "core", "", T=5, B=3, H=8)
-PASSED = {"status": "passed", "returncode": 0, "seconds": 1.0, "output": ""}
 JUNIT = """<testsuites><testsuite tests="5">
 <testcase classname="tests.test_a" name="test_good"/>
 <testcase classname="tests.test_a" name="test_better"><system-out>x</system-out></testcase>
@@ -47,18 +45,6 @@ LONG_TEST = """
 def test_long():
     time.sleep(60)
 """
-# Compiles a CUDA source into a shell script; knows one architecture only.
-NVCC = """#!/bin/sh
-echo "nvcc warning: $*" >&2
-case "$*" in *native*) exit 1;; esac
-while [ "$1" != -o ]; do shift; done
-cat > "$2" <<'END'
-#!/bin/sh
-echo a warning >&2
-echo 'RESULT'
-END
-chmod +x "$2"
-"""
 
 
 @pytest.fixture
@@ -81,8 +67,12 @@ def in_process(monkeypatch):
     class Worker:
         found = None
 
-        def ask(self, function, *arguments, limit):
-            return self.found if function is gpu.perform else function(*arguments)
+        def __init__(self, runner):
+            self.runner = getattr(gpu_timing, runner.split(":")[1])()
+
+        def ask(self, method, *arguments, limit):
+            perform = method == "perform"
+            return (self.found, True) if perform else getattr(self.runner, method)(*arguments)
 
         def close(self):
             pass
@@ -94,7 +84,7 @@ def in_process(monkeypatch):
 
 def entry(H, B, inference, training, part="grid", gate=None, error=None, name=None):
     """A case as the JSON has it."""
-    numbers = {"inference": {"speedup": inference}, "training": {"speedup": training}}
+    numbers = {"inference": {"speedup": [inference]}, "training": {"speedup": [training]}}
     return {
         "name": name or f"bf16 T512 B{B} H{H}",
         "part": part,
@@ -116,7 +106,7 @@ def report_of(*entries):
             "build": {"status": "passed", "seconds": 61.2},
             "suite": {"status": "failed", "passed": 7, "failed": 1, "skipped": 2, "seconds": 9.0,
                       "failing": ["tests.test_a::test_b"]},
-            "micro": {"status": "absent"},
+            "other": {"status": "absent"},
         },
         "cases": list(entries),
         "not_measured": ["bf16 T16 B16 H128 (eager)", "x"],
@@ -164,7 +154,7 @@ def test_the_build_is_with_cuda_and_tells_of_errors_however_much_is_printed(chec
     assert len(found["output"]) == gpu_steps.TAIL
     monkeypatch.setenv("RESULT", "good")
     found = gpu_steps.build(60.0)
-    assert found["status"] == "passed" and "errors" not in found
+    assert found["status"] == "passed" and "errors" not in found and "output" not in found
 
 
 def test_the_toolkit_is_the_usual_one_unless_another_is_named(monkeypatch):
@@ -218,31 +208,6 @@ def test_the_suite_is_every_file_with_tests_for_a_gpu():
     assert {*gpu_steps.ALONE} < {*gpu_steps.SUITE}
 
 
-@pytest.mark.parametrize(
-    ("printed", "key", "value"),
-    [
-        ('{"hop_ns": [1, 2]}', "results", {"hop_ns": [1, 2]}),
-        ("nothing", "error", "printed no JSON object: Expecting value: line 1 column 1 (char 0)"),
-    ],
-)
-def test_microbenchmarks_are_compiled_and_their_json_is_kept(
-    printed, key, value, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(gpu_steps, "MICRO", tmp_path / "gpu_micro.cu")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    assert gpu_steps.micro(60.0) == {"status": "absent"}
-    gpu_steps.MICRO.touch()
-    assert gpu_steps.micro(60.0)["status"] == "failed"
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(NVCC.replace("RESULT", printed), encoding="utf-8")
-    nvcc.chmod(0o755)
-    found = gpu_steps.micro(60.0)
-    assert found[key] == value
-    assert found["status"] == ("passed" if key == "results" else "failed")
-
-
 def test_the_table_has_the_grid_its_means_and_its_losses():
     cases = [
         entry(64, 1, 2.0, 0.5),
@@ -264,7 +229,7 @@ def test_the_table_has_the_grid_its_means_and_its_losses():
 def test_the_table_tells_graphs_by_the_gpus_time_and_what_was_not_captured():
     case = entry(64, 1, 2.0, 2.0)
     case["graph"] = {
-        "inference": {"speedup": 7.0, "gpu_speedup": 5.0},
+        "inference": {"speedup": [7.0], "gpu_speedup": [5.0]},
         "training": {"nn_rnn_error": "RuntimeError: no graph", "fastrnn_us": 3.0},
     }
     text = gpu_table.render(report_of(case, entry(64, 16, 2.0, 2.0)))
@@ -281,23 +246,19 @@ def test_the_table_tells_the_machine_the_steps_and_what_is_missing(tmp_path, cap
     text = capsys.readouterr().out
     assert text.startswith("NVIDIA H200; fastrnn 1.2") and "commit 0123456789; 2026-01-02" in text
     assert "build: passed (61 s)\nsuite: failed (7 passed, 1 failed, 2 skipped, 9 s)" in text
-    assert "  failed: tests.test_a::test_b\nmicro: absent" in text
+    assert "  failed: tests.test_a::test_b\nother: absent" in text
     assert "cases: 1, with a red gate or an error: 0" in text
     assert "not measured: 2, from bf16 T16 B16 H128 (eager) on" in text
 
 
-def test_a_failed_build_is_kept_and_only_the_microbenchmarks_go_on(
-    in_process, monkeypatch, tmp_path
-):
+def test_a_failed_build_is_kept_and_nothing_goes_on(in_process, monkeypatch, tmp_path):
     failed = {"status": "failed", "returncode": 1, "seconds": 2.0, "output": "error: made up"}
     monkeypatch.setattr(gpu_steps, "build", lambda limit: failed)
     monkeypatch.setattr(gpu_steps, "suite", lambda limit: pytest.fail("nothing to test"))
-    monkeypatch.setattr(gpu_steps, "micro", lambda limit: PASSED)
     status, report = run_main(tmp_path)
     assert status == 1
     assert report["steps"]["build"] == failed
     assert report["steps"]["suite"] == {"status": "skipped"}
-    assert report["steps"]["micro"] == PASSED
     assert (report["cases"], report["not_measured"]) == ([], [f"{TINY.name} (eager)"])
 
 
@@ -318,7 +279,6 @@ def test_the_exit_status_is_that_of_suite_and_gate(
     limits = []
     monkeypatch.setattr(in_process, "found", found)
     monkeypatch.setattr(gpu_steps, "suite", lambda limit: limits.append(limit) or {"status": suite})
-    monkeypatch.setattr(gpu_steps, "micro", lambda limit: {"status": "absent"})
     result, report = run_main(tmp_path, "--skip-build")
     assert result == status
     # A quick run has ten minutes, and the suite four tenths of them.
@@ -341,7 +301,7 @@ def test_a_run_in_its_own_process_from_the_start_to_the_table(monkeypatch, tmp_p
     assert (status, case["name"], case["gate"], case["error"]) == (0, TINY.name, None, None)
     for mode in ("inference", "training"):
         numbers = case["eager"][mode]
-        assert all(numbers[key] > 0 for key in ("nn_rnn_us", "fastrnn_us", "speedup"))
+        assert numbers["nn_rnn_us"] > 0 < numbers["fastrnn_us"] and numbers["speedup"][0] > 0
     assert report["versions"]["torch"] == torch.__version__
     assert report["machine"]["build"]["torch"]
     assert report["settings"]["quick"] is True

@@ -12,17 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import limits
-import limits_table
 import native
-import peers_table
 import pytest
-import run
+import report
 import table
 import torch
-from cases import MODES, BenchmarkCase, by_name
+from cases import MODES, BenchmarkCase, by_name, from_spec
 from floor import floor, read, work
-
-ROOT = Path(__file__).resolve().parents[1]
 
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 needs_caches = pytest.mark.skipif(
@@ -57,7 +53,7 @@ SMALL = BenchmarkCase(3, 40, 5, 10, name="", reason="")
 
 
 def nanoseconds(case, mode="inference", machine=MACHINE):
-    return pytest.approx(1e3 * floor(case.spec(), mode, machine))
+    return pytest.approx(1e3 * floor(case, mode, machine))
 
 
 def test_the_floor_of_many_sequences_is_arithmetic():
@@ -115,8 +111,7 @@ def test_weights_are_read_from_the_nearest_caches_that_have_room(size, threads, 
 
 def test_the_work_of_layers_and_directions():
     case = replace(SMALL, num_layers=3, bidirectional=True)
-    one = work(SMALL.spec())
-    done = work(case.spec())
+    one, done = work(SMALL), work(case)
     # Upper layers read both directions of the one below.
     upper = 2 * 3 * 40 * 10 * 20 * 4
     assert (one.upper_flops, done.upper_flops) == (0, upper)
@@ -132,21 +127,21 @@ def test_the_work_of_layers_and_directions():
 
 def test_packed_sequences_count_as_long_as_they_are():
     case = BenchmarkCase(0, 0, 5, 10, lengths=(4, 1, 2), name="", reason="")
-    done = work(case.spec())
+    done = work(case)
     assert (done.input_flops, done.recurrent_flops) == (2 * 7 * 5 * 10, 2 * 4 * 10 * 10)
     assert (done.tanhs, done.reads, done.chain, done.walks) == (70, 3, 4, 3)
 
 
 def test_each_dtype_has_its_peak_and_its_bytes():
     dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    specs = [replace(SMALL, nonlinearity="relu", dtype=dtype).spec() for dtype in dtypes]
-    assert [work(spec).weights for spec in specs] == [800, 400, 200, 200]
-    times = [floor(spec, "inference", MACHINE) for spec in specs]
+    cases = [replace(SMALL, nonlinearity="relu", dtype=dtype) for dtype in dtypes]
+    assert [work(case).weights for case in cases] == [800, 400, 200, 200]
+    times = [floor(case, "inference", MACHINE) for case in cases]
     assert times == [pytest.approx(times[1] * ratio) for ratio in (2, 1, 1, 1)]
     machine = copy.deepcopy(MACHINE)
     machine["limits"]["gflops"] |= {"bfloat16": [200.0, 400.0], "float16": None}
-    assert floor(specs[3], "inference", machine) == pytest.approx(times[1] / 2)
-    assert floor(specs[2], "inference", machine) is None
+    assert floor(cases[3], "inference", machine) == pytest.approx(times[1] / 2)
+    assert floor(cases[2], "inference", machine) is None
     assert nanoseconds(replace(SMALL, dtype=torch.float64)) == 2e3 * times[1] + 1200 * 3 / 2
 
 
@@ -188,7 +183,7 @@ def measured(tmp_path_factory):
     """The results of a quick run."""
     path = tmp_path_factory.mktemp("results") / "new" / "limits.json"
     assert limits.main(["--quick", "--threads", "2", "--output", str(path)]) == 0
-    return json.loads(path.read_text(encoding="utf-8"))
+    return report.load(path)
 
 
 @needs_gpp
@@ -206,20 +201,8 @@ def test_every_limit_is_measured(measured):
     ]
     assert all(time > 0 for time in times)
     assert set(found["tanh_ns"]) == {"float32", "float64"}
-
-
-@needs_gpp
-@needs_caches
-def test_limits_name_neither_path_nor_host_and_have_a_file_for_the_day(measured):
     text = json.dumps(measured)
     assert '"/' not in text and json.dumps(platform.node()) not in text
-    names = [
-        limits.compare.default_path(measured, limits.compare.parse_fixed(options, "")).name
-        for options in ([], ["--quick"])
-    ]
-    assert names[0].startswith("limits-")
-    assert names[0].endswith(f"-1-2-threads-{measured['date'][:10]}.json")
-    assert names[1] == names[0].replace(".json", "-part.json")
 
 
 @needs_gpp
@@ -227,38 +210,38 @@ def test_limits_name_neither_path_nor_host_and_have_a_file_for_the_day(measured)
 def test_one_thread_hands_nothing_over(tmp_path):
     path = tmp_path / "limits.json"
     assert limits.main(["--quick", "--threads", "1", "--output", str(path)]) == 0
-    report = json.loads(path.read_text(encoding="utf-8"))
-    assert report["limits"]["hand_over_ns"] is None
-    text = limits_table.render(report)
+    found = report.load(path)
+    assert found["limits"]["hand_over_ns"] is None
+    text = table.render(found)
     assert "| 1 thread |" in text and "hand-over" not in text
-    assert floor(by_name("row-128").spec(), "training", report) > 0
+    assert floor(by_name("row-128"), "training", found) > 0
 
 
 @pytest.fixture
 def peers(tmp_path, monkeypatch):
     """A comparison on the made up machine, in place of the committed results."""
-    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
 
     def mode(us):
-        return {"results": [{"peer": "fastrnn", "threads": 1, "us": us}],
-                "best": {"fastrnn": {"threads": 1, "us": us}}}  # fmt: skip
+        return {"us": {"fastrnn@1": us}, "fastest": {"fastrnn": "fastrnn@1"}, "ratio": {}}
 
-    large = by_name("medium-128").spec()
     entries = []
-    for spec in (SMALL.spec(), large):
-        bounds = {name: floor(spec, name, MACHINE) for name in MODES}
-        entries.append({"spec": spec, "modes": {m: mode(3 * us) for m, us in bounds.items()}})
-    report = {**MACHINE, "study": "peers", "versions": {}, "cases": entries}
-    run.write(table.RESULTS / "peers.json", report)
-    return report
+    for case in (SMALL, by_name("medium-128")):
+        modes = {name: mode(3 * floor(case, name, MACHINE)) for name in MODES}
+        entries.append({"spec": case.spec(), "modes": modes})
+    return {**MACHINE, "study": "peers", "versions": {}, "not_installed": {}, "cases": entries}
+
+
+def save(limits):
+    report.write(report.RESULTS / "limits.json", limits)
 
 
 def test_tables_have_a_floor_if_the_limits_are_known(peers):
-    assert "floor" not in peers_table.render(peers)
-    run.write(table.RESULTS / "limits.json", MACHINE)
-    text = peers_table.render(peers)
+    assert "floor" not in table.render(peers)
+    save(MACHINE)
+    text = table.render(peers)
     assert text.count("| fastrnn | floor | × floor | × nn.RNN |") == len(MODES)
-    bound = table.duration(floor(SMALL.spec(), "inference", MACHINE))
+    bound = table.duration(floor(SMALL, "inference", MACHINE))
     assert f"| {bound} | 3.00 |" in text
     assert "Geometric mean of × floor: 3.00, over the 1 cases with B ≥ 16 and H ≥ 128." in text
     assert "| multiply-adds, float32 | 100 GFLOP/s | 200 GFLOP/s |" in text
@@ -270,34 +253,23 @@ def test_tables_have_a_floor_if_the_limits_are_known(peers):
 def test_where_no_peak_is_known_there_is_no_floor(peers):
     machine = copy.deepcopy(MACHINE)
     machine["limits"]["gflops"]["float32"] = None
-    run.write(table.RESULTS / "limits.json", machine)
-    assert "| – | – |" in peers_table.render(peers)
+    save(machine)
+    assert "| – | – |" in table.render(peers)
 
 
 @pytest.mark.parametrize("other", [{"machine": {"cpu": "other", "cores": 1}}, {"threads": [1]}])
 def test_limits_of_another_machine_are_not_taken(peers, other):
-    run.write(table.RESULTS / "limits.json", {**MACHINE, **other})
-    assert "floor" not in peers_table.render(peers)
-
-
-def test_a_page_without_the_newest_limits_is_out_of_date(peers, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"{table.BEGIN}\n{table.END}\n", encoding="utf-8")
-    options = ["--page", str(page)]
-    assert peers_table.main(options) == 0 == peers_table.main([*options, "--check"])
-    run.write(table.RESULTS / "limits.json", MACHINE)
-    assert peers_table.main([*options, "--check"]) == 1
-    assert peers_table.main(options) == 0 == peers_table.main([*options, "--check"])
-    run.write(table.RESULTS / "newer.json", {**MACHINE, "date": "2999-01-01"})
-    assert peers_table.main([*options, "--check"]) == 1
+    save({**MACHINE, **other})
+    assert "floor" not in table.render(peers)
 
 
 def test_nothing_that_was_committed_is_faster_than_its_floor():
     for study in ("peers", "scaling"):
-        report = table.newest(study)
-        known = table.newest("limits", like=report)
+        found = report.newest(study)
+        known = report.newest("limits", like=found)
         assert known
-        for case in report["cases"]:
-            for mode, found in case["modes"].items():
-                bound = floor(case["spec"], mode, known) or 0.0
-                assert all(result.get("us", bound) >= bound for result in found["results"]), case
+        for entry in found["cases"]:
+            case = from_spec(entry["spec"])
+            for mode, numbers in entry["modes"].items():
+                bound = floor(case, mode, known) or 0.0
+                assert all(us >= bound for us in numbers["us"].values()), case

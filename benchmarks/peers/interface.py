@@ -72,7 +72,7 @@ class Peer:
         mode : str
             One of `cases.MODES`. In training the gradients are those of weights and biases.
         threads : int
-            How many to use. The process is of the peer alone, with `worker.environment`.
+            How many to use. The process is of the peer alone, its environment as in run.py.
 
         Returns
         -------
