@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python benchmarks/table.py [JSON]`: write the README's table from results.
+"""`python benchmarks/table.py [JSON]`: write the tables of fastrnn against nn.RNN from results.
 
-The newest complete results in benchmarks/results/ are taken if none are named. `--check` writes
-nothing and exits with 1 if the README has another table. Losses stay in.
+docs/performance.md gets every case, the README those of `HEADLINE`. The newest complete results in
+benchmarks/results/ are taken if none are named. `--check` writes nothing and exits with 1 if a page
+has another table. Losses stay in.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+#: The place of the whole table, on a page that has another one between `BEGIN` and `END`.
+ALL_CASES = "<!-- nn-rnn:begin -->", "<!-- nn-rnn:end -->"
+#: The README's cases: usual ones, that of the least gain, and the one that takes the most memory.
+HEADLINE = ("one-step", "small", "medium-128", "packed", "row-layers", "large-1024")
 COLUMNS = ["(T, B, I, H)", "", "nn.RNN inference", "fastrnn", "speed-up"]
 COLUMNS += ["nn.RNN training", "fastrnn", "speed-up", "memory"]
 
 
-def render(report: dict[str, Any]) -> str:
-    """The caption and the table, in Markdown."""
+def render(report: dict[str, Any], names: tuple[str, ...] | None = None) -> str:
+    """The caption and the table of these cases, by default of all, in Markdown."""
     header = [f"| {' | '.join(COLUMNS)} |", f"|---|---|{'--:|' * (len(COLUMNS) - 2)}"]
-    return "\n".join([caption(report), "", *header, *map(row, report["cases"])])
+    cases = [case for case in report["cases"] if names is None or case["spec"]["name"] in names]
+    return "\n".join([caption(report), "", *header, *map(row, cases)])
 
 
 def caption(report: dict[str, Any]) -> str:
@@ -109,7 +116,7 @@ def conditions(report: dict[str, Any]) -> tuple[Any, ...]:
     return machine["cpu"], machine["cores"], report["threads"]
 
 
-def updated(text: str, table: str | None) -> str:
+def updated(text: str, table: str | None, place: tuple[str, str] = (BEGIN, END)) -> str:
     """A page's text with this table in its place, or with none.
 
     Raises
@@ -117,16 +124,17 @@ def updated(text: str, table: str | None) -> str:
     ValueError
         If there is not one place for it.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the table's place is one line {BEGIN}, one line {END}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
+    begin, end = place
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the table's place is one line {begin}, one line {end}")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
     content = f"\n\n{table}\n\n" if table else "\n"
-    return f"{before}{BEGIN}{content}{END}{after}"
+    return f"{before}{begin}{content}{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the table, or check it.
+    """Write both tables, or check them.
 
     Parameters
     ----------
@@ -138,9 +146,19 @@ def main(argv: list[str] | None = None) -> int:
     int
         0, or 1 if `--check` finds another table.
     """
-    parser = argparse.ArgumentParser(description="Write the README's table of benchmarks.")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="PATH")
-    return write(parser, argv, "readme", None, render)
+    short = partial(render, names=HEADLINE)
+    return max(
+        write(_parser(), argv, "readme", None, short),
+        write(_parser(), argv, "performance", None, render, ALL_CASES),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write the tables of fastrnn against nn.RNN.")
+    pages = {"readme": ROOT / "README.md", "performance": ROOT / "docs" / "performance.md"}
+    for name, path in pages.items():
+        parser.add_argument(f"--{name}", type=Path, default=path, metavar="PATH")
+    return parser
 
 
 def write(
@@ -149,6 +167,7 @@ def write(
     page: str,
     study: str | None,
     render: Callable[[dict[str, Any]], str],
+    place: tuple[str, str] = (BEGIN, END),
 ) -> int:
     """Write a table of results into the page that the argument `page` names, or check it."""
     parser.add_argument("json", nargs="?", type=Path, help="results (default: the newest)")
@@ -157,7 +176,7 @@ def write(
     path: Path = getattr(args, page)
     report = json.loads(args.json.read_text(encoding="utf-8")) if args.json else newest(study)
     old = path.read_text(encoding="utf-8")
-    new = updated(old, render(report) if report else None)
+    new = updated(old, render(report) if report else None, place)
     if not args.check:
         path.write_text(new, encoding="utf-8")
     elif new != old:

@@ -77,15 +77,24 @@ def report(tmp_path_factory):
 def results(report, tmp_path, monkeypatch):
     """A folder of results, in place of the committed ones, with one complete report."""
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table, "HEADLINE", (TINY.name,))
     save({**report, "complete": True}, "first")
     return table.RESULTS
 
 
 @pytest.fixture
 def readme(tmp_path):
+    """A README and, beside it, the page of all cases, each with a place for its table."""
     path = tmp_path / "README.md"
     path.write_text(README, encoding="utf-8")
+    begin, end = table.ALL_CASES
+    path.with_name("performance.md").write_text(f"{begin}\n{end}\n", encoding="utf-8")
     return path
+
+
+def write_tables(readme, *options):
+    performance = readme.with_name("performance.md")
+    return table.main([*options, "--readme", str(readme), "--performance", str(performance)])
 
 
 def save(report, name):
@@ -335,40 +344,54 @@ def test_durations_have_three_digits_and_a_unit(microseconds, text):
 
 
 def test_the_table_is_written_between_the_marks_and_then_found_up_to_date(results, readme):
-    assert table.main(["--readme", str(readme), "--check"]) == 1
+    assert write_tables(readme, "--check") == 1
     assert readme.read_text(encoding="utf-8") == README
-    assert table.main(["--readme", str(readme)]) == 0
+    assert write_tables(readme) == 0
     text = readme.read_text(encoding="utf-8")
     assert "| (9, 1, 1, 1) |" in text
     assert text.startswith("# title\n\n") and text.endswith("\n\nand more\n")
-    assert table.main(["--readme", str(readme), "--check"]) == 0
+    assert write_tables(readme, "--check") == 0
+
+
+def test_a_table_out_of_date_on_either_page_is_seen(results, readme):
+    performance = readme.with_name("performance.md")
+    write_tables(readme)
+    assert "| (9, 1, 1, 1) |" in performance.read_text(encoding="utf-8")
+    for page in (readme, performance):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace("µs", "ns"), encoding="utf-8")
+        assert write_tables(readme, "--check") == 1
+        page.write_text(text, encoding="utf-8")
+    assert write_tables(readme, "--check") == 0
+
+
+def test_the_readme_has_some_cases_alone():
+    assert set(table.HEADLINE) < {case.name for case in cases.CASES}
+    report = table.newest()
+    lines = {names: table.render(report, names).splitlines() for names in (None, table.HEADLINE)}
+    without = len(report["cases"]) - len(table.HEADLINE)
+    assert len(lines[None]) - len(lines[table.HEADLINE]) == without
+    assert set(lines[table.HEADLINE]) < set(lines[None])
 
 
 def test_a_table_of_older_results_is_out_of_date(results, readme, report):
-    table.main(["--readme", str(readme)])
+    write_tables(readme)
     save({**report, "complete": True, "date": "2999-01-01", "threads": 77}, "a name before")
-    assert table.main(["--readme", str(readme), "--check"]) == 1
-    table.main(["--readme", str(readme)])
+    assert write_tables(readme, "--check") == 1
+    write_tables(readme)
     assert "77 threads" in readme.read_text(encoding="utf-8")
-
-
-def test_a_table_edited_by_hand_is_out_of_date(results, readme):
-    table.main(["--readme", str(readme)])
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(text.replace("µs", "ns"), encoding="utf-8")
-    assert table.main(["--readme", str(readme), "--check"]) == 1
 
 
 def test_incomplete_results_are_published_only_if_named(results, readme, report):
     save({**report, "date": "2999-01-01", "threads": 77}, "incomplete")
     assert table.newest()["threads"] == 1
-    table.main([str(results / "incomplete.json"), "--readme", str(readme)])
+    write_tables(readme, str(results / "incomplete.json"))
     assert "77 threads" in readme.read_text(encoding="utf-8")
 
 
 def test_without_results_the_readme_has_no_table(tmp_path, readme, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    assert table.main(["--readme", str(readme), "--check"]) == 0
+    assert write_tables(readme, "--check") == 0
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused():
@@ -376,7 +399,7 @@ def test_a_readme_without_a_place_for_the_table_is_refused():
         table.updated("# title\n", None)
 
 
-def test_the_table_of_the_readme_is_that_of_the_newest_committed_results():
+def test_the_tables_are_those_of_the_newest_committed_results():
     assert table.main(["--check"]) == 0
 
 
