@@ -9,6 +9,7 @@ TORCH_CUDA_ARCH_LIST for its GPUs; DEBUG=1 for a build with assertions, its C++ 
 MAX_JOBS for parallel compilation.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,8 @@ from setuptools import Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ModuleNotFoundError:
     raise SystemExit(
         "fastrnn: install torch first, then use pip install --no-build-isolation"
@@ -34,8 +36,10 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 #: every 8.x. 9.0a is Hopper with the instructions that it alone has, so its PTX would run nowhere
 #: else: newer GPUs get the PTX of 8.0, which their driver compiles.
 ARCHITECTURES = "8.0+PTX;9.0a"
-#: Of the CUDA runtime, and of the libraries whose headers ATen/cuda/CUDAContext.h includes.
-CUDA_HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
+#: Only a toolkit has all headers of the runtime: wheels lack those of the compiler (crt/).
+RUNTIME_HEADER = "cuda_runtime.h"
+#: Headers of libraries that ATen/cuda/CUDAContext.h includes. A small toolkit may lack them.
+LIBRARY_HEADERS = ("cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
 class Facts(NamedTuple):
@@ -46,24 +50,78 @@ class Facts(NamedTuple):
     torch_cuda: str | None  # the CUDA that torch was built with
     home: str | None  # folder of the CUDA toolkit
     nvcc: str | None  # version of the nvcc in it
-    lacks: str | None  # the first of CUDA_HEADERS that the compiler would not find
+    lacks: str | None  # the first header that the compiler would not find
+    beside: tuple[str, ...] = ()  # folders of headers that only torch's wheels have
 
 
 def gather_facts() -> Facts:
     """The facts of this machine; without torch.cuda.is_available(), as none is about a GPU."""
-    asked = os.environ.get("FASTRNN_CUDA", "")
-    nvcc = lacks = None
-    if torch.version.cuda and CUDA_HOME:
-        nvcc = nvcc_version(Path(CUDA_HOME))
-        lacks = next((name for name in CUDA_HEADERS if not has_header(CUDA_HOME, name)), None)
-    return Facts(asked, str(torch.__version__), torch.version.cuda, CUDA_HOME, nvcc, lacks)
+    cuda, home = torch.version.cuda, toolkit_home()
+    facts = Facts(
+        os.environ.get("FASTRNN_CUDA", ""), str(torch.__version__), cuda, home, None, None
+    )
+    if not cuda or not home:
+        return facts
+    lacks = None if has_header(include_folders(home), RUNTIME_HEADER) else RUNTIME_HEADER
+    beside: list[str] = []
+    for name in LIBRARY_HEADERS:
+        if not has_header(include_folders(home), name):
+            folder = next((f for f in wheel_folders(cuda) if has_header([f], name)), None)
+            if folder is None:
+                lacks = lacks or name
+            elif folder not in beside:
+                beside.append(folder)
+    return facts._replace(nvcc=nvcc_version(Path(home)), lacks=lacks, beside=tuple(beside))
 
 
-def has_header(home: str, name: str) -> bool:
-    """Whether a header is in a toolkit, or where the environment tells the compiler to look."""
+def toolkit_home() -> str | None:
+    """The folder of the CUDA toolkit: that of torch if it has headers, else that of its nvcc.
+
+    torch takes the folder above the nvcc in the PATH. Where that nvcc is a script or a link, the
+    toolkit is elsewhere, and nvcc itself knows where.
+    """
+    home = cpp_extension.CUDA_HOME
+    program = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    if program is None or has_header([f"{home}/include"], RUNTIME_HEADER):
+        return home
+    # A linked nvcc takes the link's folder for its own, so it is asked by its real name as well.
+    said = [nvcc_folder(name) for name in (program, os.path.realpath(program))]
+    return next((f for f in said if f and has_header([f"{f}/include"], RUNTIME_HEADER)), home)
+
+
+def nvcc_folder(program: str) -> str | None:
+    """The folder above the one in which nvcc says it is; None if it does not say."""
+    command = [program, "--dryrun", "-E", "-x", "cu", os.devnull]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    found = re.search(r"^#\$ _HERE_=(.+)$", process.stderr, re.MULTILINE)
+    return os.path.dirname(found[1]) if found else None
+
+
+def include_folders(home: str) -> list[str]:
+    """The toolkit's folder of headers, and those where the environment tells compilers to look."""
     paths = (os.environ.get(variable, "") for variable in ("CPATH", "CPLUS_INCLUDE_PATH"))
-    folders = [f"{home}/include", *os.pathsep.join(paths).split(os.pathsep)]
-    return any(Path(folder, name).exists() for folder in folders if folder)
+    return [f"{home}/include", *filter(None, os.pathsep.join(paths).split(os.pathsep))]
+
+
+def wheel_folders(cuda: str) -> list[str]:
+    """The folders of headers in the CUDA wheels that pip installs along with torch.
+
+    They are nvidia/cu13/include since CUDA 13, and nvidia/cublas/include and the like before.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    homes = spec.submodule_search_locations if spec else None
+    found = sorted(folder for home in homes or () for folder in Path(home).glob("*/include"))
+    own = f"cu{cuda.split('.')[0]}"
+    other = [f for f in found if not re.fullmatch(r"cu\d+", f.parent.name)]
+    return [str(f) for f in [*(f for f in found if f.parent.name == own), *other]]
+
+
+def has_header(folders: list[str], name: str) -> bool:
+    """Whether a header is in one of these folders."""
+    return any(Path(folder, name).exists() for folder in folders)
 
 
 def nvcc_version(home: Path) -> str | None:
@@ -126,6 +184,14 @@ def sources(root: Path, cuda: bool) -> list[str]:
     )
 
 
+def after_all(folders: tuple[str, ...]) -> list[str]:
+    """Flags by which a compiler looks into these folders last.
+
+    Wheels also have headers of the runtime, and these must not hide the toolkit's own.
+    """
+    return [flag for folder in folders for flag in ("-idirafter", folder)]
+
+
 def cxx_flags(cuda: bool, reason: str, debug: bool) -> list[str]:
     """Flags for the C++ sources.
 
@@ -155,10 +221,14 @@ def openmp_flags() -> list[str]:
     return [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
-def extension(cuda: bool, reason: str) -> Extension:
-    """The extension module."""
+def extension(cuda: bool, reason: str, beside: tuple[str, ...] = ()) -> Extension:
+    """The extension module; `beside`: folders of headers that the CUDA part needs as well."""
     make = CUDAExtension if cuda else CppExtension
-    flags = {"cxx": cxx_flags(cuda, reason, DEBUG), "nvcc": nvcc_flags(DEBUG)}
+    last = after_all(beside)
+    flags = {
+        "cxx": [*cxx_flags(cuda, reason, DEBUG), *last],
+        "nvcc": [*nvcc_flags(DEBUG), *(f"-Xcompiler={flag}" for flag in last)],
+    }
     return make(
         "fastrnn._C",
         sources(ROOT, cuda),
@@ -171,11 +241,13 @@ def main() -> None:
     """Decide and build."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise SystemExit(f"fastrnn: torch 2.11 or newer is needed, not {torch.__version__}")
-    cuda, reason = decide_cuda(gather_facts())
+    facts = gather_facts()
+    cuda, reason = decide_cuda(facts)
+    cpp_extension.CUDA_HOME = facts.home  # torch takes nvcc, headers and libraries from there
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
     setup(
-        ext_modules=[extension(cuda, reason)],
+        ext_modules=[extension(cuda, reason, facts.beside)],
         cmdclass={"build_ext": BuildExtension},
         # Only ninja looks at headers and flags; without it nothing would be built anew for them.
         options={"build_ext": {"force": True}},

@@ -158,7 +158,7 @@ def make_runs(args: argparse.Namespace, characters: int) -> dict[str, Run]:
 
 
 def train(runs: dict[str, Run], corpus: Corpus, args: argparse.Namespace) -> None:
-    """Epochs of the variants alternate, so that a busy machine slows both alike."""
+    """Train in turns, an epoch of each variant, so that a busy machine slows both alike."""
     streams = corpus.streams(args.batch)
     width = max(map(len, runs))
     tqdm.write(f"{'epoch':>5}  {'':{width}}  training  validation  (bits per character)")
@@ -177,7 +177,7 @@ def train(runs: dict[str, Run], corpus: Corpus, args: argparse.Namespace) -> Non
 
 @torch.inference_mode()
 def sample(model: CharacterModel, alphabet: str, args: argparse.Namespace) -> str:
-    """Text by the model, from a new line on, one character per call."""
+    """Let the model write text from a new line on, one character in each call."""
     model.eval()
     generator = torch.Generator().manual_seed(args.seed)
     character = torch.tensor([[max(0, alphabet.find("\n"))]])  # [T = 1, B = 1]

@@ -170,7 +170,7 @@ class Run:
 
 
 def train(data: Data, args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Run]:
-    """Both variants from the same weights; their epochs alternate, so noise hits both alike."""
+    """Train both from the same weights. Their epochs alternate, so noise slows both alike."""
     inputs, targets = data.training()
     runs: dict[str, Run] = {}
     for name, rnn_class in VARIANTS.items():

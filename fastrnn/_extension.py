@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads fastrnn._C, which registers the operators, once.
 
-A failure is kept, not raised, so that `import fastrnn` always works and `python -m fastrnn.info`
-can tell what is wrong; the first use of anything in the extension raises it.
+A failure is kept and not raised, so `import fastrnn` always works and `python -m fastrnn.info` can
+tell what is wrong. The first use of the extension raises it.
 """
 
 from importlib import import_module
@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _load() -> Any:
-    """The extension. Raises ImportError, also for one of other sources or of another torch."""
+    """Import the extension; ImportError also if it has other sources or is for another torch."""
     extension = import_module("fastrnn._C")
     file = Path(str(extension.__file__))
     if not file.parent.samefile(_FOLDER):

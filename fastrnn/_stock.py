@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's own path, for what the fused operators do not take.
 
-`torch.nn.RNN.forward` is run on an object that has just the attributes it reads, so that layouts,
-checks and messages are PyTorch's own.
+It runs `torch.nn.RNN.forward` on an object that has only the attributes which that function reads.
+So layouts, checks and messages are PyTorch's own.
 """
 
 from collections.abc import Sequence

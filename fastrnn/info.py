@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m fastrnn.info [--json]`: what a bug report needs to know of this installation.
 
-Every fact is probed on its own: one that cannot be had is reported as unknown, with the reason,
+Every fact is found on its own. A fact that cannot be found is shown as unknown, with the reason,
 and the rest still prints. Exits with 1 if the extension did not load.
 """
 
@@ -112,7 +112,7 @@ def _cpus() -> dict[str, Any]:
 
 
 def _torch_build() -> list[str]:
-    """The lines of torch's own account, without its compiler flags, which fill a page."""
+    """What torch tells of its build, without the compiler flags, which fill a page."""
     lines = (line.strip().removeprefix("- ") for line in torch.__config__.show().splitlines()[1:])
     return [line for line in lines if line and not line.startswith("Build settings:")]
 
@@ -122,7 +122,7 @@ def _threads() -> dict[str, int]:
 
 
 def _extension_state() -> dict[str, Any]:
-    """Whether fastrnn._C loaded, from where; else why not, and which built files lie there."""
+    """Whether fastrnn._C loaded, and from where; else why not, and which built files there are."""
     if _extension.load_error is None:
         return {"loaded": True, "file": sys.modules["fastrnn._C"].__file__}
     directory = Path(fastrnn.__file__).parent

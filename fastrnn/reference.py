@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The executable specification: the recurrence and its derivative in plain PyTorch.
 
-Written to be read, one step after another, and differentiable. One layout serves padded and packed
-sequences: rows, where the first ``sizes[0]`` rows are step 0 of every sequence, the next
-``sizes[1]`` rows step 1 of those that still go on, and so on; sequences are sorted by decreasing
-length. Padded ``[T, B, I]`` is ``T`` times ``B`` rows. The tests compare both nn.RNN and the
-extension with it.
+It is written to be read, one step after another, and PyTorch can differentiate it. Padded and
+packed sequences have one layout: rows. The first ``sizes[0]`` rows are step 0 of every sequence,
+the next ``sizes[1]`` rows are step 1 of the sequences that still go on, and so on. Sequences are
+sorted by decreasing length. Padded ``[T, B, I]`` is ``T`` times ``B`` rows. The tests compare
+nn.RNN and the extension with this file.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What `rnn_backward` returns, each shaped as what it is the gradient of."""
+    """What `rnn_backward` returns. A gradient has the shape of its argument."""
 
     input: Tensor
     hx: Tensor
@@ -50,7 +50,7 @@ def layer(
     x : Tensor
         ``(N, I)``, rows as the module's docstring says.
     hx : Tensor
-        ``(B, H)``, every sequence's state before its first step in this direction.
+        ``(B, H)``, the state of every sequence before its first step in this direction.
     cell : Cell
     sizes : sequence of int
         Rows of each step.
@@ -73,7 +73,7 @@ def layer(
         if cell.b_ih is not None and cell.b_hh is not None:
             s = s + cell.b_ih + cell.b_hh
         y[t] = f(s)
-        # Sequences that have ended, or in reverse not begun, keep their state.
+        # A sequence that has ended, or in reverse has not begun, keeps its state.
         h = torch.cat([y[t], h[n:]])
     return torch.cat(y), h
 
@@ -190,11 +190,11 @@ def rnn_backward(
     Parameters
     ----------
     grad_output, grad_h_n : Tensor
-        Gradients of its results.
+        Gradients of the results of `rnn`.
     x, hx, weights, sizes, nonlinearity, bias, bidirectional
         As `rnn` takes them.
     layer_outputs : sequence of Tensor
-        As it returns them.
+        As `rnn` returns them.
 
     Returns
     -------

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fastrnn is compared with PyTorch: one grid of cases, one measure of error.
 
-A result is compared by norms, ``|ours - exact| / |exact|``, and with what PyTorch itself makes of
-the same numbers: in float32 and 16 bits both are measured against a float64 run, and ours may be at
-most 1.5 times as far from it.
+An error is ``|ours - exact| / |exact|``, by norms. In float32 and 16 bits a float64 run is taken as
+exact, and our error may be at most 1.5 times PyTorch's own.
 """
 
 import itertools
@@ -18,11 +17,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 #: Our error may be this many times nn.RNN's.
 ERROR_RATIO = 1.5
-#: Below so many units of rounding, errors are chance: a handful of numbers, each rounded once.
+#: Errors below this many units of rounding are chance: a handful of numbers, each rounded once.
 FLOOR_ULPS = 4
 #: Results smaller than this are measured together.
 FEW_NUMBERS = 8
-#: A case's name lists so many lengths at most.
+#: A case's name lists at most this many lengths.
 FEW_LENGTHS = 8
 #: Largest relative difference between two float64 runs that add in different orders.
 FLOAT64_DIFFERENCE = 1e-12
@@ -185,13 +184,13 @@ def assert_as_accurate(
 ) -> None:
     """Assert that every result is at most `ERROR_RATIO` times as far from `exact` as theirs.
 
-    Errors below `floor_ulps` are let pass. In float64 there is nothing more exact: the two may
-    differ by `FLOAT64_DIFFERENCE`.
+    Errors below `floor_ulps` pass. In float64 nothing is more exact, so the two may differ by
+    `FLOAT64_DIFFERENCE`.
 
     Raises
     ------
     AssertionError
-        With the name and the errors of every result that is further.
+        With the name and the errors of every result that is farther away.
     """
     shapes = [{name: t.shape for name, t in results.items()} for results in (ours, theirs)]
     if shapes[0] != shapes[1]:
@@ -214,7 +213,7 @@ def assert_as_accurate(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what is allocated with NaN, so that a read before the first write shows."""
+    """Fill new tensors with NaN, so that a read before the first write shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

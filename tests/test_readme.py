@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README promises and no other file tests: its example, and the differences it names."""
+"""The README's example, and the differences from nn.RNN that docs/differences.md names."""
 
 import copy
 import io

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,28 +90,57 @@ def test_every_combination_of_facts_is_decided_in_one_line():
         assert reason and "\n" not in reason
 
 
+#: A program that answers the two questions put to nvcc. As the real one does, it says in which
+#: folder it was called, on standard error.
+NVCC = """#!/bin/sh
+case $1 in
+--dryrun) echo "#\\$ _HERE_=$(dirname "$0")" >&2 ;;
+*) echo 'Cuda compilation tools, release 98.7, V98.7.65' ;;
+esac
+"""
+
+
+def write_program(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def write_headers(folder, names):
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+
+
 @pytest.fixture
 def toolkit(tmp_path):
     """A folder with an nvcc of its own version, and the headers."""
-    program = tmp_path / "bin" / "nvcc"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 98.7, V98.7.65'\n")
-    program.chmod(0o755)
-    (tmp_path / "include").mkdir()
-    for name in setup.CUDA_HEADERS:
-        (tmp_path / "include" / name).touch()
-    return tmp_path
+    home = tmp_path / "toolkit"
+    write_headers(home / "include", ["cuda_runtime.h", *setup.LIBRARY_HEADERS])
+    write_program(home / "bin" / "nvcc", NVCC)
+    return home
 
 
 @pytest.fixture
 def cuda_torch(monkeypatch, toolkit):
     monkeypatch.setattr(torch.version, "cuda", "98.1")
-    monkeypatch.setattr(setup, "CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("FASTRNN_CUDA", "1")
     monkeypatch.delenv("CPATH", raising=False)
     monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
     # No fact is about a GPU: such a question would be a mistake here.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+
+
+@pytest.fixture
+def wheels(monkeypatch, tmp_path):
+    """The folder that CUDA wheels share in site-packages. It is there, and empty."""
+    home = tmp_path / "site-packages" / "nvidia"
+    home.mkdir(parents=True)
+    found = SimpleNamespace(submodule_search_locations=[str(home)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: {"nvidia": found}[name])
+    return home
 
 
 def test_facts_are_those_of_the_environment_torch_and_the_toolkit(cuda_torch, toolkit):
@@ -119,7 +149,7 @@ def test_facts_are_those_of_the_environment_torch_and_the_toolkit(cuda_torch, to
     assert setup.decide_cuda(expected)[0]
 
 
-@pytest.mark.parametrize("name", setup.CUDA_HEADERS)
+@pytest.mark.parametrize("name", ["cuda_runtime.h", *setup.LIBRARY_HEADERS])
 def test_a_missing_header_is_seen(cuda_torch, toolkit, name):
     (toolkit / "include" / name).unlink()
     assert setup.gather_facts().lacks == name
@@ -132,7 +162,66 @@ def test_a_header_may_be_where_the_compiler_is_told_to_look(
     (toolkit / "elsewhere").mkdir()
     (toolkit / "include" / "cublas_v2.h").rename(toolkit / "elsewhere" / "cublas_v2.h")
     monkeypatch.setenv(variable, os.pathsep.join(["/nowhere", str(toolkit / "elsewhere")]))
-    assert setup.gather_facts().lacks is None
+    facts = setup.gather_facts()
+    assert (facts.lacks, facts.beside) == (None, ())
+
+
+def test_headers_that_a_toolkit_lacks_come_from_the_wheels_of_its_torch(
+    cuda_torch, toolkit, wheels
+):
+    for name in setup.LIBRARY_HEADERS:
+        (toolkit / "include" / name).unlink()
+    # Of another CUDA: not for this torch.
+    write_headers(wheels / "cu97" / "include", setup.LIBRARY_HEADERS)
+    assert setup.gather_facts().lacks == "cublas_v2.h"
+    write_headers(wheels / "cu98" / "include", setup.LIBRARY_HEADERS)
+    facts = setup.gather_facts()
+    assert (facts.lacks, facts.beside) == (None, (str(wheels / "cu98" / "include"),))
+
+
+def test_wheels_may_have_a_folder_for_each_library(cuda_torch, toolkit, wheels):
+    (toolkit / "include" / "cublas_v2.h").unlink()
+    (toolkit / "include" / "cusolverDn.h").unlink()
+    for folder, name in zip(("cublas", "cusparse", "cusolver"), setup.LIBRARY_HEADERS, strict=True):
+        write_headers(wheels / folder / "include", [name])
+    facts = setup.gather_facts()
+    assert facts.lacks is None
+    assert facts.beside == tuple(str(wheels / f / "include") for f in ("cublas", "cusolver"))
+
+
+def test_a_toolkit_with_all_headers_takes_none_from_wheels(cuda_torch, wheels):
+    write_headers(wheels / "cu98" / "include", setup.LIBRARY_HEADERS)
+    assert setup.gather_facts().beside == ()
+
+
+def test_headers_of_the_runtime_never_come_from_wheels(cuda_torch, toolkit, wheels):
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    write_headers(wheels / "cu98" / "include", ["cuda_runtime.h"])
+    assert setup.gather_facts().lacks == "cuda_runtime.h"
+
+
+@pytest.mark.parametrize("kind", ["script", "link"])
+def test_an_nvcc_that_only_leads_to_another_is_asked_where_that_is(
+    cuda_torch, toolkit, tmp_path, monkeypatch, kind
+):
+    program, real = tmp_path / "local" / "bin" / "nvcc", toolkit / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    if kind == "link":
+        program.symlink_to(real)
+    else:
+        write_program(program, f'#!/bin/sh\nexec "{real}" "$@"\n')
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path / "local"))
+    facts = setup.gather_facts()
+    assert (facts.home, facts.nvcc, facts.lacks) == (str(toolkit), "98.7", None)
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo '#$ _HERE_=/nowhere/bin' >&2"])
+def test_an_nvcc_that_does_not_lead_to_headers_leaves_the_folder_as_torch_found_it(
+    cuda_torch, toolkit, answer
+):
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    write_program(toolkit / "bin" / "nvcc", f"#!/bin/sh\n{answer}\n")
+    assert setup.gather_facts().home == str(toolkit)
 
 
 @pytest.mark.parametrize("content", ["#!/bin/sh\nexit 1\n", "#!/nowhere\n", None])
@@ -197,6 +286,15 @@ def test_the_kind_of_extension_follows_the_decision(monkeypatch, cuda):
     assert ("-DFASTRNN_CUDA=1" in options["extra_compile_args"]["cxx"]) == cuda
 
 
+def test_both_compilers_look_into_folders_beside_the_toolkit_last(monkeypatch):
+    made = []
+    monkeypatch.setattr(setup, "CUDAExtension", lambda *a, **k: made.append(k))
+    setup.extension(True, "because", ("/a", "/b"))
+    flags = made[0]["extra_compile_args"]
+    assert flags["cxx"][-4:] == ["-idirafter", "/a", "-idirafter", "/b"]
+    assert flags["nvcc"][-4:] == [f"-Xcompiler={flag}" for flag in flags["cxx"][-4:]]
+
+
 @pytest.mark.parametrize(
     "given, used", [(None, setup.ARCHITECTURES), ("", setup.ARCHITECTURES), ("9.0a", "9.0a")]
 )
@@ -208,6 +306,17 @@ def test_architectures_are_those_asked_for_else_ours(monkeypatch, given, used):
     monkeypatch.setattr(setup, "setup", lambda **options: None)
     setup.main()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == used
+
+
+def test_torch_builds_with_the_toolkit_that_was_found(monkeypatch):
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", "/usr/local")
+    monkeypatch.setattr(setup, "gather_facts", lambda: ALL._replace(beside=("/wheels",)))
+    made = []
+    monkeypatch.setattr(setup, "extension", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(setup, "setup", lambda **options: None)
+    setup.main()
+    assert setup.cpp_extension._join_cuda_home("bin", "nvcc") == "/opt/cuda/bin/nvcc"
+    assert made == [(*setup.decide_cuda(ALL), ("/wheels",))]
 
 
 def test_torch_reads_our_architectures_as_meant(monkeypatch):
