@@ -23,7 +23,8 @@ struct Layout {
   std::vector<int64_t> rows_before;  // the same, unless this is a part of a larger batch
   mutable Tensor device_first_row;  // first_row on a GPU; cuda::first_row_on_device alone writes it
 
-  Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
+  Layout(int64_t T, int64_t B) : T(T), B(B), total_rows(T * B) {}
+  explicit Layout(std::vector<int64_t> rows_of_steps);
   bool packed() const { return !batch_sizes.empty(); }
   int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
   /// The first row of step t in the call's tensors.
@@ -75,14 +76,14 @@ struct Engine {
                         at::TensorList outputs, const Tensor& h_n) = nullptr;
 };
 
-/// rnn_forward and rnn_backward by an engine, arguments not yet checked.
-ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
-                             at::TensorList weights, const OptionalTensor& batch_sizes,
+/// rnn_forward and rnn_backward by an engine: arguments checked, time-major or packed.
+ForwardResult forward_layers(const Engine& engine, const Layout& layout, const Tensor& input,
+                             const OptionalTensor& hx, at::TensorList weights,
                              const RnnOptions& options, bool keep);
-BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_output,
-                               const OptionalTensor& grad_h_n, const Tensor& input,
-                               const OptionalTensor& hx, at::TensorList weights,
-                               const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+BackwardResult backward_layers(const Engine& engine, const Layout& layout,
+                               const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, at::TensorList layer_outputs,
                                const RnnOptions& options, const c10::List<bool>& needs);
 
 /// The type a layer of `type` computes in: 16 bits add up in float32.

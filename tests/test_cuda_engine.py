@@ -22,7 +22,8 @@ NEED_CUDA = ("rnn_cuda.cpp", "products.cpp")  # cuda_engine.cpp has twins of wha
 SOURCES = [
     *sorted((CSRC / "cuda").glob("*.cu")),
     *(p for p in sorted((CSRC / "cuda").glob("*.cpp")) if p.name not in NEED_CUDA),
-    *[CSRC / "layer.cpp", CSRC / "rnn.cpp", Path(__file__).with_name("cuda_engine.cpp")],
+    *(CSRC / name for name in ("check.cpp", "layer.cpp", "operators.cpp")),
+    Path(__file__).with_name("cuda_engine.cpp"),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

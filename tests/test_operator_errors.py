@@ -55,7 +55,6 @@ MISFITS = {
     "short bias": {"weights": reshaped(2, H - 1)},
     "no steps": {"input": torch.randn(0, B, I)},
     "another input size": {"input": torch.randn(T, B, I - 1)},
-    "an unbatched input": {"input": torch.randn(T, I)},
     "four dimensions": {"input": torch.randn(T, B, I, 1)},
     "an integer input": {"input": torch.ones(T, B, I, dtype=torch.long)},
     "a float64 input": {"input": torch.randn(T, B, I).double()},
