@@ -54,7 +54,7 @@ void check_autocast(const Tensor& input, const OptionalTensor& hx, at::TensorLis
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const CastArguments cast(input, hx, weights, device);
   check_arguments(cast.input, cast.hx, cast.weights, batch_sizes,
-                  {nonlinearity, bias, num_layers, bidirectional}, batch_first);
+                  {nonlinearity, bias, num_layers, bidirectional, batch_first});
 }
 
 template <c10::DispatchKey key, c10::DeviceType device>

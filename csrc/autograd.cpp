@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fastrnn::rnn: checks, layout, and one autograd node around rnn_forward and rnn_backward. The
-// second derivative is taken through PyTorch's own differentiable loop over the same arguments.
+// fastrnn::rnn: one autograd node around rnn_forward and rnn_backward, which check. The second
+// derivative is taken through PyTorch's own differentiable loop over the same arguments.
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/rnn_relu.h>
@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include <mutex>
@@ -28,29 +29,16 @@ OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
-/// The user's call, arguments checked, without autograd.
-ForwardResult forward_in_user_layout(const Tensor& input, const OptionalTensor& hx,
-                                     at::TensorList weights, const OptionalTensor& batch_sizes,
-                                     const RnnOptions& options, bool batch_first, bool keep) {
-  const bool packed = batch_sizes.has_value(), unbatched = !packed && input.dim() == 2;
-  const OptionalTensor hx3 = hx.has_value() && unbatched ? hx->unsqueeze(1) : hx;
-  auto [output, h_n, layer_outputs] = rnn_forward(to_time_major(input, packed, batch_first), hx3,
-                                                  weights, batch_sizes, options, keep);
-  return {from_time_major(output, packed, unbatched, batch_first), unbatched ? h_n.squeeze(1) : h_n,
-          std::move(layer_outputs)};
-}
-
 /// What the node remembers. `participants` are input, hx (may be undefined) and the weights, in the
 /// order of the node's inputs.
 struct Saved {
   RnnOptions options;
-  bool batch_first;
   variable_list participants;
   OptionalTensor batch_sizes;
   variable_list layer_outputs;
 
-  static void remember(AutogradContext* ctx, const RnnOptions& options, bool batch_first,
-                       const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+  static void remember(AutogradContext* ctx, const RnnOptions& options, const Tensor& input,
+                       const OptionalTensor& hx, at::TensorList weights,
                        const OptionalTensor& batch_sizes, at::TensorList layer_outputs) {
     variable_list tensors;
     tensors.reserve(2 + weights.size() + layer_outputs.size());
@@ -59,19 +47,16 @@ struct Saved {
     tensors.insert(tensors.end(), weights.begin(), weights.end());
     tensors.insert(tensors.end(), layer_outputs.begin(), layer_outputs.end());
     ctx->save_for_backward(std::move(tensors));
-    // Not among the tensors: hooks that store these in another way expect what has a gradient. So
-    // nothing would notice that the caller edits it: a copy.
-    ctx->saved_data["batch_sizes"] =
-        batch_sizes.has_value() ? OptionalTensor(batch_sizes->clone()) : OptionalTensor();
+    // Not among the tensors: hooks that store these in another way expect what has a gradient.
+    ctx->saved_data["batch_sizes"] = batch_sizes;
     ctx->saved_data["options"] =
         std::vector<int64_t>{options.nonlinearity == "relu", options.bias, options.num_layers,
-                             options.bidirectional, batch_first};
+                             options.bidirectional, options.batch_first};
   }
 
   explicit Saved(AutogradContext* ctx) {
     const std::vector<int64_t> saved = ctx->saved_data.at("options").toIntVector();
-    options = {saved[0] ? "relu" : "tanh", saved[1] != 0, saved[2], saved[3] != 0};
-    batch_first = saved[4] != 0;
+    options = {saved[0] ? "relu" : "tanh", saved[1] != 0, saved[2], saved[3] != 0, saved[4] != 0};
     batch_sizes = ctx->saved_data.at("batch_sizes").toOptional<Tensor>();
     variable_list all = ctx->get_saved_variables();
     const size_t count = 2 + options.num_layers * options.directions() * options.weights_per_cell();
@@ -88,25 +73,14 @@ struct Saved {
 variable_list fused_backward(const Saved& saved, const variable_list& grads,
                              const std::vector<bool>& needs) {
   at::AutoDispatchBelowADInplaceOrView guard;  // nothing here is recorded
-  const bool packed = saved.packed(), unbatched = saved.unbatched();
-  const auto time_major = [&](const Tensor& t) {
-    return t.defined() ? OptionalTensor(to_time_major(t, packed, saved.batch_first))
-                       : OptionalTensor();
-  };
-  const auto with_batch = [&](const Tensor& t) {
-    return t.defined() && unbatched ? OptionalTensor(t.unsqueeze(1)) : optional(t);
-  };
-  const Tensor &input = saved.participants[0], &hx = saved.participants[1];
   const at::TensorList weights(saved.participants.data() + 2, saved.participants.size() - 2);
   auto [grad_input, grad_hx, grad_weights] =
-      rnn_backward(time_major(grads[0]), with_batch(grads[1]), *time_major(input), with_batch(hx),
-                   weights, saved.batch_sizes, saved.layer_outputs, saved.options, needs);
-
-  variable_list result(needs.size());
-  if (needs[0]) result[0] = from_time_major(grad_input, packed, unbatched, saved.batch_first);
-  if (needs[1]) result[1] = unbatched ? grad_hx.squeeze(1) : grad_hx;
-  for (size_t i = 2; i < needs.size(); ++i)
-    if (needs[i]) result[i] = grad_weights[i - 2];
+      rnn_backward(optional(grads[0]), optional(grads[1]), saved.participants[0],
+                   optional(saved.participants[1]), weights, saved.batch_sizes, saved.layer_outputs,
+                   saved.options, needs);
+  variable_list result{grad_input, grad_hx};
+  for (size_t i = 0; i < weights.size(); ++i)
+    result.push_back(needs[2 + i] ? grad_weights[i] : Tensor());
   return result;
 }
 
@@ -146,7 +120,7 @@ variable_list composite_backward(const Saved& saved, const variable_list& grads,
   variable_list views;
   for (const Tensor& t : saved.participants) views.push_back(t.defined() ? t.view_as(t) : t);
   const bool unbatched = saved.unbatched();
-  const bool batch_first = saved.batch_first && !unbatched;
+  const bool batch_first = options.batch_first && !unbatched;
   const Tensor input = unbatched ? views[0].unsqueeze(1) : views[0];
   const std::vector<Tensor> weights(views.begin() + 2, views.end());
   Tensor hx = views[1];
@@ -210,12 +184,11 @@ class RnnFunction : public torch::autograd::Function<RnnFunction> {
                                at::TensorList weights, const OptionalTensor& batch_sizes,
                                std::string_view nonlinearity, bool bias, int64_t num_layers,
                                bool bidirectional, bool batch_first) {
-    at::AutoDispatchBelowADInplaceOrView guard;  // the results are no views to autograd
-    const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
-    auto [output, h_n, layer_outputs] =
-        forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, true);
-
-    Saved::remember(ctx, options, batch_first, input, hx, weights, batch_sizes, layer_outputs);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const RnnOptions options{nonlinearity, bias, num_layers, bidirectional, batch_first};
+    const OptionalTensor sizes = copy_batch_sizes(batch_sizes);
+    auto [output, h_n, layer_outputs] = rnn_forward(input, hx, weights, sizes, options, true);
+    Saved::remember(ctx, options, input, hx, weights, sizes, layer_outputs);
     ctx->set_materialize_grads(false);
     return {output, h_n};
   }
@@ -253,6 +226,8 @@ bool any_requires_grad(const Tensor& input, const OptionalTensor& hx, at::Tensor
 
 /// A C++ node would drop forward-mode tangents silently.
 void check_no_tangent(const Tensor& input, const OptionalTensor& hx, at::TensorList weights) {
+  // Without a level there are none; each tensor would lock to tell.
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr) return;
   bool tangent = input._fw_grad(0).defined() || (hx.has_value() && hx->_fw_grad(0).defined());
   for (const Tensor& w : weights) tangent = tangent || w._fw_grad(0).defined();
   TORCH_CHECK(!tangent,
@@ -265,10 +240,9 @@ std::tuple<Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTens
                                          at::TensorList weights, const OptionalTensor& batch_sizes,
                                          std::string_view nonlinearity, bool bias,
                                          int64_t num_layers, bool bidirectional, bool batch_first) {
-  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
-  check_arguments(input, hx, weights, batch_sizes, options, batch_first);
   auto [output, h_n, kept] =
-      forward_in_user_layout(input, hx, weights, batch_sizes, options, batch_first, false);
+      rnn_forward(input, hx, weights, batch_sizes,
+                  {nonlinearity, bias, num_layers, bidirectional, batch_first}, /*keep=*/false);
   return {output, h_n};
 }
 
@@ -282,8 +256,6 @@ std::tuple<Tensor, Tensor> rnn_autograd(const Tensor& input, const OptionalTenso
     return rnn_inference(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
                          bidirectional, batch_first);
   }
-  check_arguments(input, hx, weights, batch_sizes, {nonlinearity, bias, num_layers, bidirectional},
-                  batch_first);
   auto result = RnnFunction::apply(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers,
                                    bidirectional, batch_first);
   return {result[0], result[1]};

@@ -7,20 +7,11 @@
 
 namespace fastrnn {
 
-Layout::Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor) {
-  if (!batch_sizes_tensor.has_value()) {
-    T = input.size(0);
-    B = input.size(1);
-    total_rows = T * B;
-    return;
-  }
-  const Tensor sizes = batch_sizes_tensor->contiguous();
-  const int64_t* data = sizes.const_data_ptr<int64_t>();
-  T = sizes.numel();
-  batch_sizes.assign(data, data + T);
+Layout::Layout(std::vector<int64_t> rows_of_steps) : batch_sizes(std::move(rows_of_steps)) {
+  T = static_cast<int64_t>(batch_sizes.size());
+  B = batch_sizes[0];
   first_row.assign(T + 1, 0);
   for (int64_t t = 0; t < T; ++t) first_row[t + 1] = first_row[t] + batch_sizes[t];
-  B = batch_sizes[0];
   total_rows = first_row[T];
 }
 
@@ -28,13 +19,6 @@ namespace {
 
 Activation activation_of(std::string_view nonlinearity) {
   return nonlinearity == "relu" ? Activation::kRelu : Activation::kTanh;
-}
-
-void check_dtype(const Tensor& input) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      is_fused_dtype(input.scalar_type()), "fastrnn's operators are not implemented for ",
-      c10::toString(input.scalar_type()),
-      ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
 }
 
 /// The states of `count` layers, from `first`, in an [L*D, B, H] tensor, if there is one.
@@ -100,12 +84,9 @@ int64_t expected_time(const Layout& layout, const RnnOptions& options, int64_t I
 
 }  // namespace
 
-ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
-                             at::TensorList weights, const OptionalTensor& batch_sizes,
+ForwardResult forward_layers(const Engine& engine, const Layout& layout, const Tensor& input,
+                             const OptionalTensor& hx, at::TensorList weights,
                              const RnnOptions& options, bool keep) {
-  check_forward(input, hx, weights, batch_sizes, options);
-  check_dtype(input);
-  const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
   pool.expected = expected_time(layout, options, input.size(-1), H);
   auto output_sizes = input.sizes().vec();
@@ -127,15 +108,11 @@ ForwardResult forward_layers(const Engine& engine, const Tensor& input, const Op
   return {output, h_n, std::move(layer_outputs)};
 }
 
-BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_output,
-                               const OptionalTensor& grad_h_n, const Tensor& input,
-                               const OptionalTensor& hx, at::TensorList weights,
-                               const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+BackwardResult backward_layers(const Engine& engine, const Layout& layout,
+                               const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, at::TensorList layer_outputs,
                                const RnnOptions& options, const c10::List<bool>& needs) {
-  check_backward(grad_output, grad_h_n, input, hx, weights, batch_sizes, layer_outputs, options,
-                 needs.size());
-  check_dtype(input);
-  const Layout layout(input, batch_sizes);
   const int64_t D = options.directions(), H = weights[1].size(0);
   pool.expected = 2 * expected_time(layout, options, input.size(-1), H);
   Tensor grad_input, grad_hx;

@@ -21,7 +21,8 @@ struct Layout {
   std::vector<int64_t> batch_sizes;  // packed: rows of each step
   std::vector<int64_t> first_row;    // of each step in packed tensors, and of the end: [T + 1]
 
-  Layout(const Tensor& input, const OptionalTensor& batch_sizes_tensor);
+  Layout(int64_t T, int64_t B) : T(T), B(B), total_rows(T * B) {}
+  explicit Layout(std::vector<int64_t> rows_of_steps);
   bool packed() const { return !batch_sizes.empty(); }
   int64_t rows(int64_t t) const { return packed() ? batch_sizes[t] : B; }
   /// The first row of step t where the rows of all steps follow one another.
@@ -66,14 +67,14 @@ struct Engine {
   bool stacks = false;
 };
 
-/// rnn_forward and rnn_backward by an engine, arguments not yet checked.
-ForwardResult forward_layers(const Engine& engine, const Tensor& input, const OptionalTensor& hx,
-                             at::TensorList weights, const OptionalTensor& batch_sizes,
+/// rnn_forward and rnn_backward by an engine: arguments checked, time-major or packed.
+ForwardResult forward_layers(const Engine& engine, const Layout& layout, const Tensor& input,
+                             const OptionalTensor& hx, at::TensorList weights,
                              const RnnOptions& options, bool keep);
-BackwardResult backward_layers(const Engine& engine, const OptionalTensor& grad_output,
-                               const OptionalTensor& grad_h_n, const Tensor& input,
-                               const OptionalTensor& hx, at::TensorList weights,
-                               const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+BackwardResult backward_layers(const Engine& engine, const Layout& layout,
+                               const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                               const Tensor& input, const OptionalTensor& hx,
+                               at::TensorList weights, at::TensorList layer_outputs,
                                const RnnOptions& options, const c10::List<bool>& needs);
 
 /// The type a layer of `type` computes in: 16 bits add up in float32.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every operator schema, nothing else. Kernels register themselves where they are written:
-// rnn.cpp, autograd.cpp, autocast.cpp, cpu/engine.cpp, cuda/engine.cpp.
+// check.cpp, autograd.cpp, autocast.cpp, cpu/engine.cpp, cuda/engine.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastrnn, m) {
@@ -17,13 +17,14 @@ TORCH_LIBRARY(fastrnn, m) {
       tags);
   m.def(
       "rnn_forward(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
-      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep) "
+      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep, "
+      "bool batch_first=False) "
       "-> (Tensor output, Tensor h_n, Tensor[] layer_outputs)",
       tags);
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
       "Tensor[] weights, Tensor? batch_sizes, Tensor[] layer_outputs, str nonlinearity, "
-      "bool bias, int num_layers, bool bidirectional, bool[] needs) "
+      "bool bias, int num_layers, bool bidirectional, bool[] needs, bool batch_first=False) "
       "-> (Tensor grad_input, Tensor grad_hx, Tensor[] grad_weights)",
       tags);
 }

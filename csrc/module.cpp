@@ -9,6 +9,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -62,11 +63,20 @@ std::tuple<at::Tensor, at::Tensor> rnn(const at::Tensor& input, const std::optio
   return fastrnn::rnn(input, hx, weights, batch_sizes, name, has_bias, layers, both, batch_major);
 }
 
+/// Whether a function mode takes part in what operators do now. That of torch.set_default_device,
+/// or of a torch.device, watches nothing but the functions that make tensors out of nothing.
+bool has_function_mode() {
+  using TLS = at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  return TLS::stack_len() > 1 ||
+         !py::isinstance(TLS::get_stack_at(0)->ptr(getPyInterpreter()),
+                         py::module_::import("torch.utils._device").attr("DeviceContext"));
+}
+
 /// Whether nothing but autograd, autocast and inference mode takes part in what operators do now.
 bool is_plain_eager() {
   const auto keys = c10::impl::tls_local_dispatch_key_set().included_;
-  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !at::impl::torch_function_mode_enabled() &&
+  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !has_function_mode() &&
          c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
          torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
          !torch::jit::tracer::isTracing();
@@ -91,20 +101,34 @@ fastrnn::cuda::Gpu current_gpu() {
 }
 #endif
 
-bool is_plain_tensor(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;  // Tensor or Parameter, no subclass of them
-  const at::Tensor& t = THPVariable_Unpack(object);
-  return (t.is_cpu() || is_on_fused_gpu(t)) && t.layout() == at::kStrided &&
-         fastrnn::is_fused_dtype(t.scalar_type());
+/// Whether `object` is a tensor of a subclass that overrides neither functions nor operators.
+bool is_plain_subclass(PyObject* object) {
+  if (!THPVariable_Check(object)) return false;
+  const auto disabled = py::module_::import("torch._C").attr("_disabled_torch_function_impl");
+  return !THPVariable_Unpack(object).key_set().has(c10::DispatchKey::Python) &&
+         py::type::handle_of(object).attr("__torch_function__").is(disabled);
 }
 
-/// A short way to the answer yes of functional.takes_fused_path, for the calls that are most
-/// frequent; false says nothing.
-bool is_ordinary_call(py::handle input, const py::sequence& weights, py::handle hx) {
+bool is_plain_tensor(PyObject* object) {
+  return (THPVariable_CheckExact(object) || is_plain_subclass(object)) &&
+         THPVariable_Unpack(object).layout() == at::kStrided;
+}
+
+/// functional.takes_fused_path, but for compiled calls.
+bool takes_fused_path(py::object input, const py::sequence& weights, py::handle hx) {
+  if (PyTuple_Check(input.ptr()) &&
+      py::isinstance(input, py::module_::import("torch.nn.utils.rnn").attr("PackedSequence")))
+    input = input.attr("data");
   if (!is_plain_eager() || !is_plain_tensor(input.ptr())) return false;
   if (!hx.is_none() && !is_plain_tensor(hx.ptr())) return false;
-  for (const py::object weight : weights)  // which a sequence may make anew
+  bool first = true;
+  for (const py::object weight : weights) {  // which a sequence may make anew
     if (!is_plain_tensor(weight.ptr())) return false;
+    const at::Tensor& w = THPVariable_Unpack(weight.ptr());
+    if (!w.is_cpu() && !is_on_fused_gpu(w)) return false;
+    if (first && !fastrnn::is_fused_dtype(w.scalar_type())) return false;
+    first = false;
+  }
   return true;
 }
 
@@ -198,8 +222,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastrnn's operators (torch.ops.fastrnn) and facts about this build.";
   m.def("rnn", torch::wrap_pybind_function(rnn),
         "torch.ops.fastrnn.rnn for eager calls with positional arguments.");
-  m.def("is_ordinary_call", &is_ordinary_call,
-        "Whether functional.takes_fused_path says yes without a closer look.");
+  m.def("takes_fused_path", &takes_fused_path,
+        "functional.takes_fused_path for calls that are not compiled.");
   py::list device_types;
   device_types.append("cpu");
   if (kHasCuda) device_types.append("cuda");

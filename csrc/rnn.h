@@ -2,12 +2,13 @@
 //
 // The C++ face of the operators, and what they share. Device-independent.
 //
-//   rnn              what users call: any layout of nn.RNN, differentiable
-//   check_arguments  its checks alone
-//   rnn_forward      time-major or packed, no autograd; checks for itself: one kernel per device
+//   rnn              what users call: autograd around the next two
+//   rnn_forward      checks its arguments and computes; one kernel per device
 //   rnn_backward     the derivative of rnn_forward, likewise
+//   check_arguments  the checks alone
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 
@@ -32,6 +33,7 @@ struct RnnOptions {
   bool bias = true;
   int64_t num_layers = 1;
   bool bidirectional = false;
+  bool batch_first = false;
 
   int64_t directions() const { return bidirectional ? 2 : 1; }
   int64_t weights_per_cell() const { return bias ? 4 : 2; }
@@ -45,29 +47,39 @@ struct Cell {
 /// The parameters of layer `layer`, direction `direction` in nn.RNN's flat list.
 Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction);
 
-/// Raises what nn.RNN raises, its wording first, then what to change. `input` is as the user gave
-/// it: [T, I], [T, B, I], [B, T, I] with batch_first, or packed data [N, I] with batch_sizes.
+struct Layout;  // layer.h
+
+/// Checks all that an engine relies on in the arguments of rnn_forward. Raises what nn.RNN raises,
+/// its wording first, then what to change. `input` is as the user gave it: [T, I], [T, B, I],
+/// [B, T, I] with batch_first, or packed data [N, I] with batch_sizes. The layout holds the one
+/// copy of batch_sizes: it was checked, and what is written to the tensor later changes nothing.
+Layout check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                     const OptionalTensor& batch_sizes, const RnnOptions& options);
+
+/// The same for rnn_backward. Memory that the wanted gradients are not made of may be gone.
+Layout check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                      const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                      const RnnOptions& options, const c10::List<bool>& needs);
+
+/// The checks that a tracer can make, too: no memory is asked for, and of batch_sizes the values
+/// are checked only where there are some.
 void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                     const OptionalTensor& batch_sizes, const RnnOptions& options,
-                     bool batch_first);
+                     const OptionalTensor& batch_sizes, const RnnOptions& options);
 
-/// The same for the arguments of rnn_forward and of rnn_backward; needs_count: of its `needs`.
-void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                   const OptionalTensor& batch_sizes, const RnnOptions& options);
-void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                    const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                    const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
-                    const RnnOptions& options, size_t needs_count);
+/// A copy for backward to read: nothing would notice that the caller edits the tensor.
+OptionalTensor copy_batch_sizes(const OptionalTensor& batch_sizes);
 
-/// output [T, B, D*H] contiguous or [N, D*H] packed; h_n [L*D, B, H]; layer_outputs: what the L
-/// layers wrote, empty unless `keep`. `output` is then a copy of the last, which a caller may edit.
+/// output and h_n in the layout of input and hx; layer_outputs: what the L layers wrote, [T, B,
+/// D*H] or packed, empty unless `keep`. `output` is then a copy of the last, which a caller may
+/// edit.
 using ForwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
 /// grad_input, grad_hx, one gradient per weight. Where `needs` says no, the first two are undefined
 /// and a weight's has no elements.
 using BackwardResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
-/// The registered operators; calls go through the dispatcher, but for check_arguments.
+/// The registered operators: calls go through the dispatcher.
 std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
                                at::TensorList weights, const OptionalTensor& batch_sizes,
                                std::string_view nonlinearity, bool bias, int64_t num_layers,
@@ -78,9 +90,5 @@ BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTen
                             const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
                             const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
                             const RnnOptions& options, const std::vector<bool>& needs);
-
-/// A user's input -> a time-major [T, B, I] or packed view; an output [T, B, D*H] -> the user's.
-Tensor to_time_major(const Tensor& input, bool packed, bool batch_first);
-Tensor from_time_major(const Tensor& output, bool packed, bool unbatched, bool batch_first);
 
 }  // namespace fastrnn

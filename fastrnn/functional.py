@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Elman recurrence as a function of its weights: packed or not, fused or PyTorch's own path.
 
-The fused path checks its arguments in one place, csrc/rnn.cpp.
+The fused path checks its arguments in one place, csrc/check.cpp.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._device import DeviceContext
 
 from fastrnn import _extension, ops
 from fastrnn._stock import StockRNN
@@ -44,27 +43,14 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
     ImportError
         The extension could not be loaded.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if _extension.C.is_ordinary_call(input, weights, hx):
-            return True
-        if _only_mode_is_default_device():
-            with torch.overrides._pop_mode_temporarily():
-                return takes_fused_path(input, weights, hx)
+    if not torch.compiler.is_compiling():
+        return _extension.C.takes_fused_path(input, weights, hx)  # type: ignore[no-any-return]
     if isinstance(input, PackedSequence):
         input = input.data
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    # Not is_exporting(), which Dynamo of torch 2.11 takes for True whenever it traces.
+    if torch.compiler._is_exporting_flag:
         return False
-    if compiling:
-        # Not is_exporting(), which Dynamo of torch 2.11 takes for True whenever it traces.
-        if torch.compiler._is_exporting_flag:
-            return False
-    elif (
-        torch.overrides.has_torch_function((input, hx, *weights))
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(_knows_aten_only(t) for t in (input, hx, *weights))
-    ):
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not isinstance(input, Tensor) or not (hx is None or isinstance(hx, Tensor)):
         return False
@@ -76,25 +62,11 @@ def takes_fused_path(input: Any, weights: Sequence[Tensor], hx: Tensor | None) -
     return not weights or weights[0].dtype in _FUSED_DTYPES
 
 
-def _knows_aten_only(t: Any) -> bool:
-    """Whether it is of a class with __torch_dispatch__, as distributed tensors are."""
-    return isinstance(t, Tensor) and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python)
-
-
 def _is_fused_device(device: torch.device) -> bool:
     """Whether there are kernels for it: the CPU, or in a build with CUDA an A100 or newer."""
     if device.type == "cuda" and "cuda" in _FUSED_DEVICES:
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type in _FUSED_DEVICES
-
-
-def _only_mode_is_default_device() -> bool:
-    """Whether the one function mode is that of torch.set_default_device or of a torch.device.
-
-    It watches nothing but the functions that make tensors out of nothing.
-    """
-    modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return len(modes) == 1 and isinstance(modes[0], DeviceContext)
 
 
 def rnn(

@@ -41,12 +41,35 @@ def _rnn_forward_fake(
     num_layers: int,
     bidirectional: bool,
     keep: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    output_size = (*input.shape[:-1], (2 if bidirectional else 1) * weights[1].size(0))
-    output = input.new_empty(output_size)
-    h_n = _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional)
-    kept = [input.new_empty(output_size) for _ in range(num_layers)] if keep else []
+    torch.ops.fastrnn.check_arguments(
+        input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional, batch_first
+    )
+    units = (2 if bidirectional else 1) * weights[1].size(0)
+    x = _time_major(input, batch_sizes, batch_first)
+    output = _user_layout(x.new_empty((*x.shape[:-1], units)), input, batch_sizes, batch_first)
+    h_n = _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional, batch_first)
+    kept = [x.new_empty((*x.shape[:-1], units)) for _ in range(num_layers)] if keep else []
     return output, h_n, kept
+
+
+def _time_major(t: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
+    """What the engines see: ``(T, B, features)``, or packed."""
+    if batch_sizes is not None:
+        return t
+    if t.dim() == 2:
+        return t.unsqueeze(1)
+    return t.transpose(0, 1) if batch_first else t
+
+
+def _user_layout(t: Tensor, input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
+    """The way back, to the layout of `input`."""
+    if batch_sizes is not None:
+        return t
+    if input.dim() == 2:
+        return t.squeeze(1)
+    return t.transpose(0, 1) if batch_first else t
 
 
 def _state_like(
@@ -56,17 +79,21 @@ def _state_like(
     batch_sizes: Tensor | None,
     num_layers: int,
     bidirectional: bool,
+    batch_first: bool,
 ) -> Tensor:
     """A tensor of the shape of h_n and of hx."""
-    batch: int | torch.SymInt
-    if batch_sizes is None:
-        batch = input.size(1)
-    elif hx is not None:
-        batch = hx.size(1)
-    else:  # the number of sequences is data: known only when the graph runs
-        batch = torch.library.get_ctx().new_dynamic_size()
-    rows = num_layers * (2 if bidirectional else 1)
-    return input.new_empty((rows, batch, weights[1].size(0)))
+    if hx is not None:
+        return input.new_empty(hx.shape)
+    rows, hidden_size = num_layers * (2 if bidirectional else 1), weights[1].size(0)
+    if batch_sizes is None and input.dim() == 2:
+        return input.new_empty((rows, hidden_size))
+    # The number of packed sequences is data: known only when the graph runs.
+    batch: int | torch.SymInt = (
+        torch.library.get_ctx().new_dynamic_size()
+        if batch_sizes is not None
+        else input.size(0 if batch_first else 1)
+    )
+    return input.new_empty((rows, batch, hidden_size))
 
 
 def _rnn_backward_fake(
@@ -82,10 +109,12 @@ def _rnn_backward_fake(
     num_layers: int,
     bidirectional: bool,
     needs: list[bool],
+    batch_first: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    x = _time_major(input, batch_sizes, batch_first)
     return (
-        input.new_empty(input.shape) if needs[0] else None,
-        _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional)
+        _user_layout(x.new_empty(x.shape), input, batch_sizes, batch_first) if needs[0] else None,
+        _state_like(input, hx, weights, batch_sizes, num_layers, bidirectional, batch_first)
         if needs[1]
         else None,
         [w.new_empty(w.shape if n else (0,)) for w, n in zip(weights, needs[2:], strict=True)],

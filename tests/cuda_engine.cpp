@@ -15,6 +15,7 @@
 #include "cuda/engine.h"
 #include "cuda/products.h"
 #include "cuda_host.h"
+#include "operators.h"
 
 namespace fastrnn {
 
@@ -114,12 +115,12 @@ constexpr Engine kEngine{cuda::layer_forward, cuda::layers_backward};
 ForwardResult rnn_forward_on_host(const Tensor& input, const OptionalTensor& hx,
                                   at::TensorList weights, const OptionalTensor& batch_sizes,
                                   std::string_view nonlinearity, bool bias, int64_t num_layers,
-                                  bool bidirectional, bool keep) {
-  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+                                  bool bidirectional, bool keep, bool batch_first) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional, batch_first};
   const Guarded guarded;
   const cuda::CallOffsets offsets;
-  return forward_layers(kEngine, guarded.copy(input), guarded.copy(hx), guarded.copy(weights),
-                        batch_sizes, options, keep);
+  return forward_by(kEngine, guarded.copy(input), guarded.copy(hx), guarded.copy(weights),
+                    batch_sizes, options, keep);
 }
 
 BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
@@ -127,13 +128,13 @@ BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
                                     const OptionalTensor& hx, at::TensorList weights,
                                     const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
                                     std::string_view nonlinearity, bool bias, int64_t num_layers,
-                                    bool bidirectional, c10::List<bool> needs) {
-  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional};
+                                    bool bidirectional, c10::List<bool> needs, bool batch_first) {
+  const RnnOptions options{nonlinearity, bias, num_layers, bidirectional, batch_first};
   const Guarded guarded;
   const cuda::CallOffsets offsets;
-  return backward_layers(kEngine, guarded.copy(grad_output), guarded.copy(grad_h_n),
-                         guarded.copy(input), guarded.copy(hx), guarded.copy(weights), batch_sizes,
-                         guarded.copy(layer_outputs), options, needs);
+  return backward_by(kEngine, guarded.copy(grad_output), guarded.copy(grad_h_n),
+                     guarded.copy(input), guarded.copy(hx), guarded.copy(weights), batch_sizes,
+                     guarded.copy(layer_outputs), options, needs);
 }
 
 }  // namespace
@@ -141,13 +142,14 @@ BackwardResult rnn_backward_on_host(const OptionalTensor& grad_output,
 TORCH_LIBRARY(fastrnn_cuda_host, m) {
   m.def(
       "rnn_forward(Tensor input, Tensor? hx, Tensor[] weights, Tensor? batch_sizes, "
-      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep) "
+      "str nonlinearity, bool bias, int num_layers, bool bidirectional, bool keep, "
+      "bool batch_first=False) "
       "-> (Tensor, Tensor, Tensor[])",
       rnn_forward_on_host);
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor input, Tensor? hx, "
       "Tensor[] weights, Tensor? batch_sizes, Tensor[] layer_outputs, str nonlinearity, "
-      "bool bias, int num_layers, bool bidirectional, bool[] needs) "
+      "bool bias, int num_layers, bool bidirectional, bool[] needs, bool batch_first=False) "
       "-> (Tensor, Tensor, Tensor[])",
       rnn_backward_on_host);
   m.def("product_out(Tensor(a!) out, Tensor a, Tensor b, bool accumulate) -> ()",

@@ -23,7 +23,8 @@ NEED_CUDA = ("engine.cpp", "cublas.cpp")  # cuda_engine.cpp has twins of what th
 SOURCES = [
     *sorted((CSRC / "cuda" / "kernels").glob("*.cu")),
     *(p for p in sorted((CSRC / "cuda").glob("*.cpp")) if p.name not in NEED_CUDA),
-    *[CSRC / "layer.cpp", CSRC / "rnn.cpp", Path(__file__).with_name("cuda_engine.cpp")],
+    *(CSRC / name for name in ("check.cpp", "layer.cpp", "operators.cpp")),
+    Path(__file__).with_name("cuda_engine.cpp"),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

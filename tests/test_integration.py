@@ -90,6 +90,23 @@ class TestOperators:
     def test_rnn_backward(self, setting, form):
         self.check_backward(sample(setting, form, False))
 
+    @pytest.mark.parametrize("form", ["batch_first", "unbatched"])
+    def test_forward_and_backward_in_the_callers_layout(self, form):
+        x, hx, weights, _, shared = sample(MODES[1], "padded", False)
+        if form == "unbatched":
+            x, hx = x[:, 0], hx[:, 0]
+        else:
+            x = x.transpose(0, 1).contiguous()
+        forward = (x, hx, weights, None, *shared, True, True)
+        torch.library.opcheck(torch.ops.fastrnn.rnn_forward.default, forward)
+        output, h_n, kept = torch.ops.fastrnn.rnn_forward(*forward)
+        assert (output.shape[:-1], h_n.shape) == (x.shape[:-1], hx.shape)
+        needs = [True] * (2 + len(weights))
+        torch.library.opcheck(
+            torch.ops.fastrnn.rnn_backward.default,
+            (output, h_n, x, hx, weights, None, kept, *shared, needs, True),
+        )
+
     @pytest.mark.parametrize(
         "options",
         [{"slopes": "h_n"}, {"slopes": "output"}, {"needs": "odd"}, {"needs": "none"}],

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Argument checks, worded as nn.RNN words them, and the calls through the dispatcher. Each operator
-// checks its own arguments, since each can be called by itself; nothing below them checks again,
-// but for the dtype.
-#include "rnn.h"
-
-#include <ATen/core/dispatch/Dispatcher.h>
+// Argument checks, worded as nn.RNN words them. rnn_forward and rnn_backward call them once each,
+// since each can be called by itself; nothing above or below checks again.
 #include <c10/core/SymInt.h>
 #include <torch/library.h>
 
 #include <array>
 #include <string>
+
+#include "check_memory.h"
+#include "layer.h"
 
 namespace fastrnn {
 
@@ -63,19 +62,19 @@ std::string hidden_layout(const RnnOptions& options, bool unbatched, const c10::
 
 /// hx [L*D, B, H], or [L*D, H] for unbatched input.
 void check_hidden(const Tensor& hx, const Tensor& input, const c10::SymInt& batch,
-                  const RnnOptions& options, const c10::SymInt& hidden_size, bool unbatched,
-                  bool batch_first) {
+                  const RnnOptions& options, const c10::SymInt& hidden_size, bool unbatched) {
   const std::array<c10::SymInt, 3> expected{options.num_layers * options.directions(), batch,
                                             hidden_size};
   auto sizes = hx.sym_sizes().vec();
   if (unbatched) sizes.insert(sizes.begin() + 1, 1);
-  TORCH_CHECK(
-      c10::SymIntArrayRef(sizes) == c10::SymIntArrayRef(expected), "Expected hidden size (",
-      expected[0], ", ", batch, ", ", hidden_size, "), got ", c10::SymIntArrayRef(sizes),
-      ". For this ", unbatched ? "unbatched " : "", "input hx must be ",
-      hidden_layout(options, unbatched, batch, hidden_size),
-      batch_first ? ", also with batch_first=True, which applies to input and output only" : "",
-      ". hx was ", hx.sym_sizes(), ".");
+  TORCH_CHECK(c10::SymIntArrayRef(sizes) == c10::SymIntArrayRef(expected), "Expected hidden size (",
+              expected[0], ", ", batch, ", ", hidden_size, "), got ", c10::SymIntArrayRef(sizes),
+              ". For this ", unbatched ? "unbatched " : "", "input hx must be ",
+              hidden_layout(options, unbatched, batch, hidden_size),
+              options.batch_first
+                  ? ", also with batch_first=True, which applies to input and output only"
+                  : "",
+              ". hx was ", hx.sym_sizes(), ".");
   TORCH_CHECK(hx.scalar_type() == input.scalar_type(),
               "mat1 and mat2 must have the same dtype, but got ", c10::toString(hx.scalar_type()),
               " and ", c10::toString(input.scalar_type()), ". The initial hidden state hx is ",
@@ -133,11 +132,9 @@ void check_weight_count(int64_t count, const RnnOptions& options) {
 /// Whether a tensor holds numbers that can be looked at: those that a tracer sees do not.
 bool has_values(const Tensor& t) { return !t.is_meta() && !t.key_set().has_any(c10::python_ks); }
 
-/// `known`: it has values that can be looked at.
-void check_is_batch_sizes(const Tensor& batch_sizes, bool known) {
+void check_is_batch_sizes(const Tensor& batch_sizes) {
   TORCH_CHECK_INDEX(batch_sizes.sym_numel() > 0,
                     "index 0 is out of bounds for dimension 0 with size 0: batch_sizes is empty");
-  if (!known) return;
   TORCH_CHECK(batch_sizes.scalar_type() == at::kLong, "expected scalar type Long but found ",
               c10::toString(batch_sizes.scalar_type()),
               ". batch_sizes must be torch.int64: use pack_padded_sequence or pack_sequence.");
@@ -145,35 +142,40 @@ void check_is_batch_sizes(const Tensor& batch_sizes, bool known) {
               "batch_sizes must be a 1-D CPU tensor, as pack_padded_sequence makes it");
 }
 
-void check_rows(const Tensor& batch_sizes, const Tensor& input) {
-  const Tensor sizes = batch_sizes.contiguous();
-  const int64_t* n = sizes.const_data_ptr<int64_t>();
-  const int64_t steps = sizes.numel();
-  int64_t rows = 0;
-  for (int64_t t = 0; t < steps; ++t) {
-    TORCH_CHECK(n[t] >= 0 && (t == 0 || n[t] <= n[t - 1]),
-                "batch_sizes must not be negative and must not grow, got ", n[t], " at step ", t,
+/// The rows of each step, as they are now. Only this copy is checked and used: another thread may
+/// write to batch_sizes at any time.
+std::vector<int64_t> rows_of_steps(const Tensor& batch_sizes) {
+  check_is_batch_sizes(batch_sizes);
+  check_memory(batch_sizes, "batch_sizes");
+  const int64_t* const from = batch_sizes.const_data_ptr<int64_t>();
+  std::vector<int64_t> rows(batch_sizes.numel());
+  for (size_t t = 0; t < rows.size(); ++t) rows[t] = from[t * batch_sizes.stride(0)];
+  return rows;
+}
+
+void check_rows(const std::vector<int64_t>& rows_of_steps, const Tensor& input) {
+  int64_t rows = 0, before = rows_of_steps[0];
+  for (size_t t = 0; t < rows_of_steps.size(); ++t) {
+    const int64_t n = rows_of_steps[t];
+    TORCH_CHECK(n >= 0 && n <= before, "batch_sizes must not be negative and must not grow, got ",
+                n, " at step ", t,
                 ": sequences are sorted by decreasing length, as pack_padded_sequence does.");
-    TORCH_CHECK(rows + n[t] <= input.size(0), "start (", rows, ") + length (", n[t],
+    TORCH_CHECK(rows + n <= input.size(0), "start (", rows, ") + length (", n,
                 ") exceeds dimension size (", input.size(0),
                 "). The packed data has fewer rows than the sum of batch_sizes.");
-    rows += n[t];
+    rows += n;
+    before = n;
   }
   // nn.RNN ignores surplus rows in one direction and shifts the other by them: silent nonsense.
   TORCH_CHECK(rows == input.size(0), "the packed data has ", input.size(0),
               " rows, but batch_sizes add up to ", rows, ": drop the surplus rows.");
 }
 
-}  // namespace
-
-Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
-  const auto* w = &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
-  return options.bias ? Cell{w[0], w[1], w[2], w[3]} : Cell{w[0], w[1], Tensor(), Tensor()};
-}
-
-void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                     const OptionalTensor& batch_sizes, const RnnOptions& options,
-                     bool batch_first) {
+/// All but memory. `rows`: of each step of packed sequences; null while tracing, where batch_sizes
+/// holds no numbers.
+void check_sizes(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                 const OptionalTensor& batch_sizes, const RnnOptions& options,
+                 const std::vector<int64_t>* rows) {
   const bool packed = batch_sizes.has_value(), unbatched = !packed && input.dim() == 2;
   TORCH_CHECK_VALUE(options.nonlinearity == "tanh" || options.nonlinearity == "relu",
                     "Unknown nonlinearity '", options.nonlinearity,
@@ -188,20 +190,21 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
 
   TORCH_CHECK_VALUE(hidden_size > 0, "hidden_size must be greater than zero: w_hh is (H, H).");
 
-  const bool known_sizes = packed && has_values(*batch_sizes);
   if (packed) {
-    check_is_batch_sizes(*batch_sizes, known_sizes);
+    check_is_batch_sizes(*batch_sizes);
   } else {
     TORCH_CHECK_VALUE(input.dim() == 2 || input.dim() == 3,
                       "RNN: Expected input to be 2D or 3D, got ", input.dim(),
                       "D tensor instead. Use (T, I) for one sequence, ",
-                      batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
+                      options.batch_first ? "(B, T, I)" : "(T, B, I)", " for a batch.");
   }
   // While tracing, hx alone says how many sequences are packed; rnn_forward looks when it runs.
-  const c10::SymInt batch = known_sizes ? c10::SymInt(batch_sizes->select(0, 0).item<int64_t>())
-                            : packed    ? (hx.has_value() ? hx->sym_size(1) : c10::SymInt(0))
-                            : unbatched ? c10::SymInt(1)
-                                        : input.sym_size(batch_first ? 0 : 1);
+  const bool hx_tells = packed && rows == nullptr && hx.has_value() && hx->dim() > 1;
+  const c10::SymInt batch = rows != nullptr ? c10::SymInt((*rows)[0])
+                            : hx_tells      ? hx->sym_size(1)
+                            : packed        ? c10::SymInt(0)
+                            : unbatched     ? c10::SymInt(1)
+                                            : input.sym_size(options.batch_first ? 0 : 1);
   if (!packed && hx.has_value()) {
     TORCH_CHECK(hx->dim() == input.dim(), "For ", unbatched ? "unbatched 2-D" : "batched 3-D",
                 " input, hx should also be ", input.dim(), "-D but got ", hx->dim(),
@@ -216,31 +219,62 @@ void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorLi
   TORCH_CHECK(input.sym_size(-1) == w_ih.sym_size(1),
               "input.size(-1) must be equal to input_size. Expected ", w_ih.sym_size(1), ", got ",
               input.sym_size(-1), ". The last dimension of input holds the features.");
-  if (known_sizes) check_rows(*batch_sizes, input);
+  if (rows != nullptr) check_rows(*rows, input);
   if (hx.has_value()) {
-    check_hidden(*hx, input, batch, options, hidden_size, unbatched, batch_first);
+    check_hidden(*hx, input, batch, options, hidden_size, unbatched);
     TORCH_CHECK(hx->device() == input.device(),
                 "Input and hidden tensors are not at the same device, found input tensor at ",
                 input.device(), " and hidden tensor at ", hx->device(), ".");
   }
   check_weights(input, weights, options, hidden_size);
-  TORCH_CHECK(packed || input.sym_size(unbatched || !batch_first ? 0 : 1) > 0,
+  TORCH_CHECK(packed || input.sym_size(unbatched || !options.batch_first ? 0 : 1) > 0,
               "Expected sequence length to be larger than 0 in RNN. Drop empty sequences.");
 }
 
-void check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                   const OptionalTensor& batch_sizes, const RnnOptions& options) {
-  check_arguments(input, hx, weights, batch_sizes, options, /*batch_first=*/false);
-  TORCH_CHECK(batch_sizes.has_value() || input.dim() == 3,
-              "fastrnn::rnn_forward: input must be (T, B, I) or, with batch_sizes, (N, I), got ",
-              input.sizes());
+/// All that an engine relies on, but for memory.
+Layout checked_layout(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, const RnnOptions& options) {
+  std::vector<int64_t> rows;
+  if (batch_sizes.has_value()) rows = rows_of_steps(*batch_sizes);
+  check_sizes(input, hx, weights, batch_sizes, options, batch_sizes.has_value() ? &rows : nullptr);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_fused_dtype(input.scalar_type()), "fastrnn's operators are not implemented for ",
+      c10::toString(input.scalar_type()),
+      ": call fastrnn.RNN or fastrnn.functional.rnn, which take PyTorch's own path for it.");
+  if (batch_sizes.has_value()) return Layout(std::move(rows));
+  const bool unbatched = input.dim() == 2, batch_first = options.batch_first && !unbatched;
+  return Layout(input.size(batch_first ? 1 : 0), unbatched ? 1 : input.size(batch_first ? 0 : 1));
 }
 
-void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                    const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                    const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
-                    const RnnOptions& options, size_t needs_count) {
-  check_forward(input, hx, weights, batch_sizes, options);
+}  // namespace
+
+Cell cell_of(at::TensorList weights, const RnnOptions& options, int64_t layer, int64_t direction) {
+  const auto* w = &weights[(layer * options.directions() + direction) * options.weights_per_cell()];
+  return options.bias ? Cell{w[0], w[1], w[2], w[3]} : Cell{w[0], w[1], Tensor(), Tensor()};
+}
+
+void check_arguments(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                     const OptionalTensor& batch_sizes, const RnnOptions& options) {
+  std::vector<int64_t> rows;
+  const bool known = batch_sizes.has_value() && has_values(*batch_sizes);
+  if (known) rows = rows_of_steps(*batch_sizes);
+  check_sizes(input, hx, weights, batch_sizes, options, known ? &rows : nullptr);
+}
+
+Layout check_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                     const OptionalTensor& batch_sizes, const RnnOptions& options) {
+  Layout layout = checked_layout(input, hx, weights, batch_sizes, options);
+  check_input_memory(input);
+  if (hx.has_value()) check_memory(*hx, "hx");
+  for (size_t i = 0; i < weights.size(); ++i) check_memory(weights[i], "weight ", i);
+  return layout;
+}
+
+Layout check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
+                      const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
+                      const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
+                      const RnnOptions& options, const c10::List<bool>& needs) {
+  Layout layout = checked_layout(input, hx, weights, batch_sizes, options);
   const auto check = [&](const Tensor& t, at::IntArrayRef sizes, const char* name) {
     TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == input.scalar_type() &&
                     t.device() == input.device(),
@@ -249,73 +283,36 @@ void check_backward(const OptionalTensor& grad_output, const OptionalTensor& gra
                 dtype_name(t.scalar_type()), " on ", t.device());
   };
   TORCH_CHECK(static_cast<int64_t>(layer_outputs.size()) == options.num_layers &&
-                  needs_count == weights.size() + 2,
+                  needs.size() == weights.size() + 2,
               "fastrnn::rnn_backward: one layer output for each layer and one need for input, hx "
               "and each weight are expected, got ",
-              layer_outputs.size(), " and ", needs_count);
+              layer_outputs.size(), " and ", needs.size());
   const int64_t D = options.directions(), H = weights[1].size(0);
-  const int64_t B =
-      batch_sizes.has_value() ? batch_sizes->select(0, 0).item<int64_t>() : input.size(1);
-  auto sizes = input.sizes().vec();
-  sizes.back() = D * H;
-  for (const Tensor& y : layer_outputs) check(y, sizes, "a layer output");
-  if (grad_output.has_value() && grad_output->defined()) check(*grad_output, sizes, "grad_output");
-  if (grad_h_n.has_value() && grad_h_n->defined())
-    check(*grad_h_n, {options.num_layers * D, B, H}, "grad_h_n");
+  const bool unbatched = !layout.packed() && input.dim() == 2;
+  std::vector<int64_t> kept{layout.T, layout.B, D * H}, output = input.sizes().vec();
+  if (layout.packed()) kept = {layout.total_rows, D * H};
+  output.back() = D * H;
+  std::vector<int64_t> states{options.num_layers * D, layout.B, H};
+  if (unbatched) states = {options.num_layers * D, H};
+  for (const Tensor& y : layer_outputs) check(y, kept, "a layer output");
+  if (grad_output.has_value() && grad_output->defined()) {
+    check(*grad_output, output, "grad_output");
+    check_memory(*grad_output, "the gradient of the output");
+  }
+  if (grad_h_n.has_value() && grad_h_n->defined()) {
+    check(*grad_h_n, states, "grad_h_n");
+    check_memory(*grad_h_n, "the gradient of h_n");
+  }
+
+  check_memory_of_backward(input, hx, weights, layer_outputs, options, needs);
+  return layout;
 }
 
-Tensor to_time_major(const Tensor& input, bool packed, bool batch_first) {
-  if (packed) return input;
-  if (input.dim() == 2) return input.unsqueeze(1);
-  return batch_first ? input.transpose(0, 1) : input;
-}
-
-Tensor from_time_major(const Tensor& output, bool packed, bool unbatched, bool batch_first) {
-  if (packed) return output;
-  if (unbatched) return output.squeeze(1);
-  return batch_first ? output.transpose(0, 1) : output;
-}
-
-std::tuple<Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& hx,
-                               at::TensorList weights, const OptionalTensor& batch_sizes,
-                               std::string_view nonlinearity, bool bias, int64_t num_layers,
-                               bool bidirectional, bool batch_first) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, at::TensorList,
-                                               const OptionalTensor&, std::string_view, bool,
-                                               int64_t, bool, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::rnn", "").typed<Signature>();
-  return op.call(input, hx, weights, batch_sizes, nonlinearity, bias, num_layers, bidirectional,
-                 batch_first);
-}
-
-ForwardResult rnn_forward(const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                          const OptionalTensor& batch_sizes, const RnnOptions& options, bool keep) {
-  using Signature =
-      ForwardResult(const Tensor&, const OptionalTensor&, at::TensorList, const OptionalTensor&,
-                    std::string_view, bool, int64_t, bool, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastrnn::rnn_forward", "").typed<Signature>();
-  return op.call(input, hx, weights, batch_sizes, options.nonlinearity, options.bias,
-                 options.num_layers, options.bidirectional, keep);
-}
-
-BackwardResult rnn_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const Tensor& input, const OptionalTensor& hx, at::TensorList weights,
-                            const OptionalTensor& batch_sizes, at::TensorList layer_outputs,
-                            const RnnOptions& options, const std::vector<bool>& needs) {
-  using Signature =
-      BackwardResult(const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                     const OptionalTensor&, at::TensorList, const OptionalTensor&, at::TensorList,
-                     std::string_view, bool, int64_t, bool, c10::List<bool>);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastrnn::rnn_backward", "")
-                             .typed<Signature>();
-  c10::List<bool> needs_list;
-  for (const bool need : needs) needs_list.push_back(need);
-  return op.call(grad_output, grad_h_n, input, hx, weights, batch_sizes, layer_outputs,
-                 options.nonlinearity, options.bias, options.num_layers, options.bidirectional,
-                 needs_list);
+OptionalTensor copy_batch_sizes(const OptionalTensor& batch_sizes) {
+  if (!batch_sizes.has_value()) return batch_sizes;
+  check_is_batch_sizes(*batch_sizes);
+  if (has_values(*batch_sizes)) check_memory(*batch_sizes, "batch_sizes");
+  return batch_sizes->clone();
 }
 
 TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
@@ -324,7 +321,7 @@ TORCH_LIBRARY_IMPL(fastrnn, CompositeImplicitAutograd, m) {
             const OptionalTensor& batch_sizes, std::string_view nonlinearity, bool bias,
             int64_t num_layers, bool bidirectional, bool batch_first) {
            check_arguments(input, hx, weights, batch_sizes,
-                           {nonlinearity, bias, num_layers, bidirectional}, batch_first);
+                           {nonlinearity, bias, num_layers, bidirectional, batch_first});
          });
 }
 
