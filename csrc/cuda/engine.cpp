@@ -2,11 +2,11 @@
 //
 // Registers the CUDA kernels of rnn_forward and rnn_backward, and asks CUDA what
 // the rest of this folder needs to know.
+#include "engine.h"
+
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
-
-#include "engine.h"
 
 #include "../operators.h"
 #include "call_offsets.h"
