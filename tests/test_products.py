@@ -43,7 +43,7 @@ def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-# Where they are converted: gradients in float32, input in the step whatever its size.
+# Where they are converted: products and gradients in float32, a few steps at a time.
 CONVERTED = [
     Case(80, 41, 300, 290, hx=True),
     Case(30, 19, 20, 300, batch_first=True, num_layers=2),
@@ -68,7 +68,7 @@ def test_converted_layers_have_their_gradients_and_products_from_the_kernels():
     for case in CONVERTED:
         for plan in layer_plans(case, torch.float16):
             assert plan["weight_grads"] == plan["input_grad"] == "panels"
-            assert plan["input"] == "in_step" and plan["state"] == "panels"
+            assert plan["input"] in ("in_step", "panels") and plan["state"] == "panels"
 
 
 # Not fused into the step: the input has a product of its own, batch-first input by sequences or by
@@ -109,7 +109,9 @@ def test_gradients_of_layers_that_read_a_large_weight_as_it_is_are_right(H, dtyp
     """In place, in what the layer above has written; columns in whole panels and not."""
     case = Case(19, 40, 6, H, num_layers=2)
     plan = _C.cpu_plan(19, 40, H, H, dtype=dtype)
-    assert (plan["state"], plan["delta"]) in [("panels", "as_is"), ("aten", "aten")]
+    aligned = H * dtype.itemsize % 64 == 0
+    ours = ("panels", "as_is" if aligned else "panels")
+    assert (plan["state"], plan["delta"]) in [ours, ("aten", "aten")]
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -117,7 +119,7 @@ def test_gradients_of_layers_that_read_a_large_weight_as_it_is_are_right(H, dtyp
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_packed_sequences_read_a_large_weight_as_it_is(dtype):
     """Also in the steps that only one or two of them have."""
-    case = Case(0, 0, 6, 523, hx=True, lengths=tuple(range(60, 30, -2)))
+    case = Case(0, 0, 6, 528, hx=True, lengths=tuple(range(60, 30, -2)))
     assert layer_plans(case, dtype)[0]["delta"] == "as_is"
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, outputs, threads
-from busy import busy_processes
+from run import busy_processes
 
 import fastrnn
 from fastrnn import _C, testing

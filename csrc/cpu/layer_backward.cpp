@@ -19,18 +19,24 @@ struct LayerBackward {
   const Plan plan;
   std::vector<DeltaWalk<T>> walks = {};
   std::vector<WeightGradients<T>> gradients = {};
+  std::vector<DeltaWeights<T>> weights = {};  // of the chunk that is walked
+
+  /// Before a chunk's tensors are made: while a weight is packed there may be two copies of it.
+  void prepare() {
+    weights.clear();
+    for (const DeltaWalk<T>& walk : walks) weights.emplace_back(walk);
+  }
 
   /// Each thread walks through rows of its own, and makes the gradients of them while they are in
   /// its caches. targets: as for `run`; the input's gradient is made here if only one direction
   /// adds to it.
-  void run_by_rows(const std::vector<Chunk>& chunks, std::vector<Tensor>& targets) {
-    std::vector<DeltaWeights<T>> weights;
+  void run_by_rows(std::vector<Chunk>& chunks, std::vector<Tensor>& targets) {
     std::vector<BackwardArgs<T>> args;
     const int64_t D = static_cast<int64_t>(walks.size());
-    weights.reserve(D);
     for (int64_t d = 0; d < D; ++d) {
-      args.push_back(weights.emplace_back(walks[d]).add_to(walks[d].args(chunks[d])));
+      args.push_back(weights[d].add_to(walks[d].args(chunks[d])));
       gradients[d].make_workspace(chunks[d], plan.row_blocks, chunks[d].delta.numel());
+      chunks[d].x = gradients[d].input_of(chunks[d].range);
     }
     Panels<T> w_ih;
     Sequence<T> grad_x;
@@ -50,24 +56,27 @@ struct LayerBackward {
   }
 
   /// All threads walk, then all make the gradients, of a slab of columns each.
-  void run_by_slabs(const std::vector<Chunk>& chunks) {
+  void run_by_slabs(std::vector<Chunk>& chunks) {
     const int64_t D = static_cast<int64_t>(walks.size());
     if (plan.delta == Maker::kAten) {
       for (int64_t d = 0; d < D; ++d) walk_by_steps(walks[d], chunks[d]);
     } else {
-      std::vector<DeltaWeights<T>> weights;
       std::vector<BackwardArgs<T>> args;
-      for (int64_t d = 0; d < D; ++d)
-        args.push_back(weights.emplace_back(walks[d]).add_to(walks[d].args(chunks[d])));
+      for (int64_t d = 0; d < D; ++d) args.push_back(weights[d].add_to(walks[d].args(chunks[d])));
       run_walks(layout, plan, args, kernels<T>().backward);
     }
-    for (int64_t d = 0; d < D; ++d) gradients[d].add_slabs(chunks[d]);
+    weights.clear();  // not in memory during the products
+    for (int64_t d = 0; d < D; ++d) {
+      chunks[d].grad_y = Tensor();  // a copy of it is not in memory beside one of x
+      chunks[d].x = gradients[d].input_of(chunks[d].range);
+      gradients[d].add_slabs(chunks[d]);
+    }
   }
 
   /// The one walk by one thread, the gradients of the steps behind it by the others.
-  void run_beside(const Chunk& c, Tensor& target) {
-    const DeltaWeights<T> weights(walks[0]);
-    const BackwardArgs<T> all = weights.add_to(walks[0].args(c));
+  void run_beside(Chunk& c, Tensor& target) {
+    c.x = gradients[0].input_of(c.range);
+    const BackwardArgs<T> all = weights[0].add_to(walks[0].args(c));
     std::vector<Range> parts = growing_parts(c.range.end - c.range.begin, layout.B);
     for (Range& part : parts) part = {part.begin + c.range.begin, part.end + c.range.begin};
     if (!walks[0].reverse()) std::reverse(parts.begin(), parts.end());
@@ -108,13 +117,14 @@ struct LayerBackward {
 
   /// A chunk of every direction. targets: of each, the chunk of the input's gradient, added to
   /// where there are two; undefined where not wanted.
-  void run(const std::vector<Chunk>& chunks, std::vector<Tensor> targets) {
+  void run(std::vector<Chunk> chunks, std::vector<Tensor> targets) {
     if (plan.sharing == Sharing::kByRows)
       run_by_rows(chunks, targets);
     else if (plan.sharing == Sharing::kBeside)
       run_beside(chunks[0], targets[0]);
     else
       run_by_slabs(chunks);
+    weights.clear();
     for (size_t d = 0; d < walks.size(); ++d) {
       walks[d].keep_states(chunks[d]);
       if (targets[d].defined())
@@ -151,10 +161,10 @@ std::vector<Cell> backward_as(const BackwardPass& pass) {
     for (int64_t l = count - 1; l >= 0; --l) {
       std::vector<Chunk> chunks;
       std::vector<Tensor> targets;
+      parts[l].prepare();
       for (int64_t d = 0; d < D; ++d) {
         const DeltaWalk<T>& walk = parts[l].walks[d];
         Chunk& c = chunks.emplace_back(walk.chunk(steps, i, outputs[l]));
-        c.x = parts[l].gradients[d].input_of(c.range);
         c.grad_y = from_above;
         if (l == count - 1 && grad_output.defined()) c.grad_y = walk.columns(grad_output, c.range);
         const bool in_place = from_above.defined() && parts[l].plan.delta != Maker::kAten;
@@ -164,7 +174,7 @@ std::vector<Cell> backward_as(const BackwardPass& pass) {
                               ? narrow_steps(layout, wanted[0].input, c.range)
                               : Tensor());
       }
-      parts[l].run(chunks, targets);
+      parts[l].run(std::move(chunks), targets);
       from_above = targets[0];
     }
   }

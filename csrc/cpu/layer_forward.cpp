@@ -27,7 +27,7 @@ struct WalkWeights {
     const bool reads_input = plan.input == Maker::kInStep;
     if (plan.state == Maker::kPanels) {
       if (reads_state) w_hh_panels = Panels<T>(cell.w_hh, /*transposed=*/true);
-      if (reads_input) w_ih_panels = Panels<T>(cell.w_ih, /*transposed=*/true);
+      if (reads_input || plan.converts) w_ih_panels = Panels<T>(cell.w_ih, /*transposed=*/true);
     } else if (plan.state == Maker::kAsIs) {
       w_hh = readable(cell.w_hh, kScalarType<T>);
       if (reads_input) w_ih = readable(cell.w_ih, kScalarType<T>);
@@ -170,11 +170,13 @@ void forward_converted(const ForwardWalk<float>& forward, const Tensor& x, const
   for (int64_t i = 0; i < parts_in(all, plan.convert_steps); ++i) {
     const Range range = part_of(all, plan.convert_steps, i, /*descending=*/forward.d == 1);
     const Tensor target = narrow_steps(layout, output, range);
-    const bool reads_input = plan.input == Maker::kInStep;
-    const Tensor x_part =
-        reads_input ? readable(narrow_steps(layout, x, range), at::kFloat) : Tensor();
-    const Tensor y = reads_input ? at::empty(target.sizes(), target.options().dtype(at::kFloat))
-                                 : readable(target, at::kFloat);
+    const Tensor x_part = readable(narrow_steps(layout, x, range), at::kFloat);
+    const Tensor y = at::empty(target.sizes(), x_part.options());
+    if (plan.input == Maker::kPanels)
+      multiply_steps(layout, range, {0, layout.B},
+                     sequence_of<const float>(layout, x_part, range.begin, 0),
+                     forward.weights.w_ih_panels.product(),
+                     sequence_of<float>(layout, y, range.begin, 0), plan.threads > 1);
     run_walks(layout, plan, std::vector{forward.args(range, x_part, y, carry)},
               kernels<float>().forward);
     copy_into(y, target);
@@ -213,7 +215,8 @@ void forward_as(const Layout& layout, const Plan& plan, const Layer& layer, cons
   const Tensor x = readable(layer.input, layer.input.scalar_type());
   const bool beside = plan.sharing == Sharing::kBeside && plan.input == Maker::kPanels;
   const bool by_rows = plan.row_blocks > 1 && plan.column_blocks == 1 && !layout.packed();
-  if (plan.input != Maker::kInStep && !beside) multiply_input<T>(layout, plan, layer, x, output);
+  if (plan.input != Maker::kInStep && !beside && !plan.converts)
+    multiply_input<T>(layout, plan, layer, x, output);
   std::vector<WalkWeights<T>> weights;
   std::vector<ForwardWalk<T>> walks;
   std::vector<ForwardArgs<T>> args;

@@ -19,8 +19,8 @@ constexpr int64_t kRowsToPack = 16, kFeaturesPerRow = 8, kSmallHidden = 192;
 // In one product, packing is cheaper than ATen's from this many rows on.
 constexpr int64_t kRowsToPackOnce = 64;
 // One or two rows read a huge W_hh as fast as it lies; backward a large one for any rows, and
-// without a panel's memory.
-constexpr int64_t kLargeHidden = 256, kHugeHidden = 1024;
+// without a panel's memory, where its rows begin at cache lines.
+constexpr int64_t kLargeHidden = 256, kHugeHidden = 1024, kLineBytes = 64;
 // The hidden size from which ATen's product in each step outruns the kernels, where it can.
 constexpr int64_t kHiddenForAten = 400;
 // 16-bit sums in float32 are worth their memory where they are small, or beside so many rows.
@@ -30,9 +30,9 @@ constexpr int64_t kWorkPerThread = 3 << 17;
 // Smaller blocks of rows leave the register tiles too empty; where W_hh is small that is still
 // better than any hand-over.
 constexpr int64_t kRowsPerBlock = 4, kRowsPerSmallBlock = 2;
-// A team shares a step that takes longer than twice the hand-over: elements of W_hh that are read,
-// for each two rows. Each thread has so many columns.
-constexpr int64_t kWorkToShare = 3 << 14, kColumnsPerSlab = 64;
+// A team shares a step that takes longer than twice the hand-over: multiply-adds, of two rows at
+// least, since one reads as much of W_hh. Each thread has so many columns.
+constexpr int64_t kWorkToShare = 3 << 15, kColumnsPerSlab = 64;
 // A chunk of backward: a part of the sequence where that is more than small change. With the kept
 // outputs, the workspace then stays below what nn.RNN holds.
 constexpr int64_t kChunks = 4, kSmallChunkBytes = 3 << 15;
@@ -60,8 +60,10 @@ void plan_products(const LayerShape& s, Plan& plan) {
   const bool fits = (s.I + s.H) * s.H * s.element_size <= kStepBytes;
   const bool reuses = s.B > 2 || s.I < kInputToMultiply || s.total_rows <= kRowsToPack;
   const bool pays = !packs || s.I <= s.total_rows;
-  if (s.I > 0 && (s.converts || (fits && reuses && pays && !step_by_aten)))
+  if (s.I > 0 && (fits || s.converts) && reuses && pays && !step_by_aten)
     plan.input = Maker::kInStep;
+  else if (s.converts)
+    plan.input = Maker::kPanels;
   else if (s.total_rows * kFeaturesPerRow <= s.I)
     plan.input = Maker::kAsIs;
   else
@@ -69,10 +71,12 @@ void plan_products(const LayerShape& s, Plan& plan) {
         s.total_rows > kRowsToPackOnce && !s.aten_is_faster ? Maker::kPanels : Maker::kAten;
 
   const bool pairs = s.element_size == 2;  // which lie side by side in packed weights only
-  const bool as_is = !pairs && !s.converts &&
-                     (s.total_rows <= kRowsToPack ||
-                      (s.H >= kLargeHidden && (s.B <= 2 || s.H <= kHugeHidden || is_few_rows(s))));
-  plan.delta = step_by_aten ? Maker::kAten : as_is ? Maker::kAsIs : Maker::kPanels;
+  const bool aligned = s.H * s.element_size % kLineBytes == 0;
+  const bool as_is = s.total_rows <= kRowsToPack || is_few_rows(s) ||
+                     (aligned && s.H >= kLargeHidden && (s.B <= 2 || s.H <= kHugeHidden));
+  plan.delta = step_by_aten                     ? Maker::kAten
+               : as_is && !pairs && !s.converts ? Maker::kAsIs
+                                                : Maker::kPanels;
 
   const bool small = (s.I + s.H) * s.H <= kSmallSums;
   const bool own = s.packed || small || s.converts ||
@@ -92,7 +96,7 @@ void plan_threads(const LayerShape& s, int64_t threads, Plan& plan) {
                         : std::clamp<int64_t>(s.B / rows_per_block, 1, each);
   const int64_t rows = mean_rows(s) / plan.row_blocks;
   const bool shares =
-      plan.state != Maker::kAten && std::max<int64_t>(1, rows / 2) * s.H * s.H >= kWorkToShare;
+      plan.state != Maker::kAten && std::max<int64_t>(2, rows) * s.H * s.H >= kWorkToShare;
   plan.column_blocks =
       shares ? std::clamp<int64_t>(s.H / kColumnsPerSlab, 1, each / plan.row_blocks) : 1;
 }
@@ -105,7 +109,7 @@ void plan_chunks(const LayerShape& s, Plan& plan) {
   // A single chunk where delta is no larger than W_hh, whose gradient is in memory as well. What is
   // converted is in memory twice, as float32.
   const int64_t delta_bytes = s.total_rows * s.H * s.element_size, share = s.converts ? 4 : 1;
-  const int64_t small_bytes = s.converts ? kSmallChunkBytes / 8 : kSmallChunkBytes;
+  const int64_t small_bytes = s.converts ? kSmallChunkBytes / 4 : kSmallChunkBytes;
   const bool is_small = delta_bytes <= std::max(small_bytes, s.H * s.H * s.element_size);
   plan.chunk_steps =
       is_small ? s.T : std::max(divide_up(s.T, share * kChunks), steps_in(small_bytes));
@@ -124,8 +128,9 @@ Plan plan_layer(const LayerShape& s, int64_t threads) {
   if (one_walk && plan.threads > 1 && own && !s.converts)
     plan.sharing = Sharing::kBeside;
   else
-    plan.sharing = own && s.H <= kSmallHidden && plan.column_blocks == 1 ? Sharing::kByRows
-                                                                         : Sharing::kBySlabs;
+    plan.sharing = own && !s.converts && s.H <= kSmallHidden && plan.column_blocks == 1
+                       ? Sharing::kByRows
+                       : Sharing::kBySlabs;
   const bool own_input_grad =
       own && (s.converts || plan.sharing == Sharing::kByRows || s.total_rows > kRowsToPackOnce);
   plan.input_grad = own_input_grad ? Maker::kPanels : Maker::kAten;

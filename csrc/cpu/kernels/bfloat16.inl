@@ -15,13 +15,6 @@ FASTRNN_INLINE Vec<float> widen(Halves halves) {
 }
 FASTRNN_INLINE Halves narrow(Vec<float> v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
 
-FASTRNN_INLINE float widen(BFloat16 number) {
-  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
 template <>
 FASTRNN_INLINE Vec<float> load<BFloat16>(const BFloat16* p) {
   Halves halves;

@@ -89,8 +89,8 @@ struct Team {
 /// Forward of one layer and direction for rows [row_begin, row_end):
 ///   y_t = f( [y_t +] bias + x_t * W_ih^T + h_{t-1} * W_hh^T )
 /// Weights are given either as panels, made by `pack`, or as they are: packing pays only where many
-/// rows share it. (W_ih alone may be packed; W_hh alone not, where there is an x.) Those of a
-/// product that no row has may be absent. Nothing is allocated; only y is written.
+/// rows share it. Those of a product that no row has may be absent. Nothing is allocated; only y is
+/// written.
 template <typename T>
 struct ForwardArgs {
   Steps steps;
@@ -166,9 +166,8 @@ struct ProductArgs {
 };
 
 /// The kernels of one capability and one scalar type. All are safe to call from several threads on
-/// disjoint rows, or as a team on the same rows. Those of BFloat16 round where they store,
-/// multiply two terms at a time, but for backward with weights as they are, and take subnormal
-/// numbers as zero there.
+/// disjoint rows, or as a team on the same rows. Those of BFloat16 round where they store and
+/// multiply two terms at a time, which takes subnormal numbers as zero; backward needs panels.
 template <typename T>
 struct Kernels {
   /// Elements that `pack` writes for a [K, N] matrix, and N rounded up to whole vectors.

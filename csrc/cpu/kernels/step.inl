@@ -91,11 +91,10 @@ constexpr int kSums = R == 1                         ? 4
                       : R * FASTRNN_TILE_VECTORS < 8 ? 2
                                                      : 1;
 
-/// As multiply, in kSums sums that are added up apart from acc.
-template <typename T, int R, int V>
+/// As multiply, in S sums that are added up apart from acc.
+template <typename T, int R, int V, int S>
 FASTRNN_INLINE void multiply_apart(Vec<T> (&acc)[R][V], const T* a, int64_t row_stride, int64_t K,
                                    const T* panel, int64_t panel_stride) {
-  constexpr int S = kSums<R>;
   Vec<T> part[S][R][V] = {};
   int64_t k = 0;
   for (; k + S * kDepth<T> <= K; k += S * kDepth<T>) {
@@ -123,15 +122,15 @@ constexpr int64_t kTerms = FASTRNN_TERMS;
 /// only if it is shorter than the number of its sums.
 constexpr int64_t kFewTerms = 8;
 
-template <typename T, int R, int V>
+template <typename T, int R, int V, int S = kSums<R>>
 FASTRNN_INLINE void add_product(Vec<T> (&acc)[R][V], Matrix<const T> a, int64_t K, int64_t row,
                                 const T* panel, int64_t panel_stride = V * kWeights<T>) {
-  constexpr int64_t kPart = kSums<R> * kTerms, kLeast = R == 1 ? kSums<R> : kFewTerms + 1;
+  constexpr int64_t kPart = S * kTerms, kLeast = R == 1 ? S : kFewTerms + 1;
   const T* first = a.data + row * a.row_stride;
   if (K < kLeast) return multiply<T, R, V>(acc, first, a.row_stride, K, panel, panel_stride);
   for (int64_t k = 0; k < K; k += kPart)
-    multiply_apart<T, R, V>(acc, first + k, a.row_stride, smaller(kPart, K - k),
-                            panel + k / kDepth<T> * panel_stride, panel_stride);
+    multiply_apart<T, R, V, S>(acc, first + k, a.row_stride, smaller(kPart, K - k),
+                               panel + k / kDepth<T> * panel_stride, panel_stride);
 }
 
 template <typename T, int R, int V>

@@ -82,29 +82,16 @@ FASTRNN_INLINE void add_dot_products(Vec<T> (&sums)[R][kLanes<T>], Matrix<const 
   }
 }
 
-/// acc[r] += x[r] * W_x for R rows and one vector of columns, from `column`; W_x is packed.
-template <typename T, int R>
-FASTRNN_INLINE void add_packed_input(Vec<T> (&acc)[R][1], const Step<T>& s, int64_t row,
-                                     int64_t column) {
-  const int64_t first = column / kPanel<T> * kPanel<T>;  // of the panel
-  const int64_t rest = (s.N - first + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t width = smaller(kPanel<T>, rest);
-  const T* weights = s.x_panels + first * round_up_to_depth<T>(s.I) + (column - first) * kDepth<T>;
-  multiply<T, R, 1>(acc, s.x.data + row * s.x.row_stride, s.x.row_stride, s.I, weights,
-                    width * kDepth<T>);
-}
-
 /// R rows of one vector of columns, from `column`, of which `width` are there.
 template <typename T, typename Act, int R>
 void unpacked_rows(const Step<T>& s, int64_t row, int64_t column, int64_t width) {
   Vec<T> sums[R][kLanes<T>] = {};
-  if (s.I != 0 && s.x_panels == nullptr)
+  if (s.I != 0)
     add_dot_products<T, R>(sums, from_row(s.x, row), from_row(s.w_x, column), width, s.I);
   if (s.K != 0)
     add_dot_products<T, R>(sums, from_row(s.s, row), from_row(s.w_s, column), width, s.K);
   Vec<T> acc[R][1];
   for (int r = 0; r < R; ++r) acc[r][0] = lane_sums<T>(sums[r]);
-  if (s.I != 0 && s.x_panels != nullptr) add_packed_input<T, R>(acc, s, row, column);
   finish<T, ForwardEpilogue<Act>, R, 1>(acc, s, row, column, width % kLanes<T>);
 }
 
@@ -142,8 +129,9 @@ void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t c
       behind = w.row_stride > 0 ? (kLanes<T> - tail + w.row_stride - 1) / w.row_stride : s.K;
     if (whole > s.K - behind) whole = s.K - behind > k ? s.K - behind : k;
   }
-  add_product<T, R, V>(acc, {s.s.data + k, s.s.row_stride}, whole - k, row,
-                       w.data + k * w.row_stride + column, w.row_stride);
+  constexpr int kSumsAsIs = smaller(kSums<R>, 2);  // one row has many columns side by side
+  add_product<T, R, V, kSumsAsIs>(acc, {s.s.data + k, s.s.row_stride}, whole - k, row,
+                                  w.data + k * w.row_stride + column, w.row_stride);
   for (int64_t j = whole; j < end; ++j) {
     const Vec<T> weights = load_tail<T>(w.data + j * w.row_stride + column, tail);
     for (int r = 0; r < R; ++r) acc[r][0] += s.s.data[(row + r) * s.s.row_stride + j] * weights;
@@ -157,23 +145,23 @@ void add_terms_as_is(Vec<T> (*sums)[V], const Step<T>& s, int64_t row, int64_t c
 }
 
 /// All rows of V vectors of columns, kRows at a time, by blocks of W_hh's rows: lines so far apart
-/// share few places in the caches, which hold a block, but not the whole height of a panel. Adds in
-/// the order of packed weights.
+/// share few places in the caches, which hold a block, but not the whole height of a panel.
 template <typename T, typename Epilogue, int V, int64_t kRows>
 void combine_by_blocks(const Step<T>& s, int64_t column, int64_t tail) {
   constexpr int64_t kBlock = 2 * kTerms;
+  constexpr int kTile = smaller(kRows, FASTRNN_TILE_ROWS);
   for (int64_t first = 0, last; first < s.rows; first = last) {
     // No few rows alone, as in product().
-    last = s.rows - first < kRows + FASTRNN_TILE_ROWS ? s.rows : first + kRows;
-    Vec<T> sums[kRows + FASTRNN_TILE_ROWS][V] = {};
+    last = s.rows - first < kRows + kTile ? s.rows : first + kRows;
+    Vec<T> sums[kRows + kTile][V] = {};
     int64_t k = 0;
     do {  // a step without a previous state has no terms, but an end
       const int64_t end = smaller(k + kBlock, s.K);
-      cut_into_tiles<FASTRNN_TILE_ROWS>(first, last,
-                                        [&](auto rows, int64_t row) __attribute__((always_inline)) {
-                                          add_terms_as_is<T, Epilogue, decltype(rows)::value, V>(
-                                              sums + row - first, s, row, column, tail, k, end);
-                                        });
+      cut_into_tiles<kTile>(first, last,
+                            [&](auto rows, int64_t row) __attribute__((always_inline)) {
+                              add_terms_as_is<T, Epilogue, decltype(rows)::value, V>(
+                                  sums + row - first, s, row, column, tail, k, end);
+                            });
       k = end;
     } while (k < s.K);
   }
@@ -186,20 +174,26 @@ void run_unpacked_backward(const Step<T>& s, int64_t begin, int64_t end, bool de
   if constexpr (kDepth<T> == 1) {
     const int64_t tail = end * kLanes<T> > s.N ? s.N % kLanes<T> : 0;
     int64_t done = begin;
-    const auto combine = [&](auto vectors) {
+    const auto combine = [&](auto vectors, auto most_rows) {
       constexpr int V = decltype(vectors)::value;
-      // Sums of many rows take as long to clear as one row's product.
-      const auto run = s.rows > FASTRNN_TILE_ROWS
-                           ? combine_by_blocks<T, Epilogue, V, 16 * FASTRNN_TILE_ROWS>
-                           : combine_by_blocks<T, Epilogue, V, 1>;
+      constexpr int64_t kRows = decltype(most_rows)::value;
       const int64_t count = (end - done - (tail != 0)) / V;
       for (int64_t i = 0; i < count; ++i)
-        run(s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>, 0);
+        combine_by_blocks<T, Epilogue, V, kRows>(
+            s, (done + (descending ? count - 1 - i : i) * V) * kLanes<T>, 0);
       done += count * V;
-      if (V == 1 && tail != 0) run(s, done * kLanes<T>, tail);
     };
-    combine(std::integral_constant<int, FASTRNN_TILE_VECTORS>{});
-    combine(std::integral_constant<int, 1>{});
+    const auto run = [&](auto most_rows) {
+      constexpr int64_t kRows = decltype(most_rows)::value;
+      combine(std::integral_constant<int, FASTRNN_TILE_VECTORS>{}, most_rows);
+      combine(std::integral_constant<int, 1>{}, most_rows);
+      if (tail != 0) combine_by_blocks<T, Epilogue, 1, kRows>(s, done * kLanes<T>, tail);
+    };
+    if (s.rows > 2) return run(std::integral_constant<int64_t, 16 * FASTRNN_TILE_ROWS>{});
+    // One or two rows: long runs through each of W_hh's rows, and few sums to clear.
+    constexpr std::integral_constant<int64_t, 2> kTwoRows;
+    combine(std::integral_constant<int, 2 * FASTRNN_TILE_VECTORS>{}, kTwoRows);
+    run(kTwoRows);
   }
 }
 

@@ -45,12 +45,6 @@ FASTRNN_INLINE Vec<T> load(const T* p) {
   return v;
 }
 
-/// A number as sums hold it.
-template <typename T>
-FASTRNN_INLINE T widen(T number) {
-  return number;
-}
-
 template <typename T>
 FASTRNN_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
