@@ -86,9 +86,8 @@ __device__ __forceinline__ double tanh_for(double x) {
 ///   one. A thread's reads of one place never go back in time;
 /// - a thread computes with the numbers that it has read itself, and with nothing else that another
 ///   block writes. So no order between different numbers is needed, and relaxed accesses do;
-/// - they are strong accesses of the scope of the GPU: a plain load might be served by the L1
-/// cache,
-///   which is not told of other blocks' writes, or be moved out of the loop that waits.
+/// - they are strong accesses of the scope of the GPU: a plain load might be moved out of the loop
+///   that waits, or be served by the L1 cache, which is not told of other blocks' writes.
 ///
 /// One point PTX does not promise: a load of 32-bit words reads numbers of 16 bits that are written
 /// one by one. GPUs read and write them so that each is what it was at some time.
