@@ -9,6 +9,7 @@ eval mode.
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import testing
@@ -29,6 +30,10 @@ class Setting(NamedTuple):
     def __str__(self):
         flags = [f for f in ("bidirectional", "bias", "batch_first") if getattr(self, f)]
         return "-".join([self.nonlinearity, str(self.num_layers), *flags])
+
+
+def tensor(value):
+    return value.data if isinstance(value, PackedSequence) else value
 
 
 def draw(*shape, seed=0, requires_grad=True, device="cpu"):

@@ -47,9 +47,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def few(rows):
     """Of a setting and one thing more, enough for each pair of options; the rest is `full`."""
     always = pairwise((*setting, other) for setting, other in rows)
-    return rest_is_full(
-        rows, [(Setting(*row[:-1]), row[-1]) for row in always], lambda row: "-".join(map(str, row))
-    )
+    return rest_is_full(rows, [(Setting(*row[:-1]), row[-1]) for row in always])
 
 
 class TestFiniteDifferences:

@@ -333,16 +333,6 @@ class TestModes:
             with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan values"):
                 module(x * float("nan"), hx)[0].sum().backward()
 
-    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    @pytest.mark.parametrize("setting", [Setting(), Setting("relu", batch_first=True)], ids=str)
-    def test_results_without_gradients_have_the_same_bits(self, mode, setting, device):
-        module, x, hx = our_call(device, setting)
-        with mode():
-            results = module(x, hx)
-        assert not any(r.requires_grad for r in results)
-        assert all(r.is_inference() == (mode is torch.inference_mode) for r in results)
-        assert all(map(torch.equal, results, module(x, hx)))
-
     @pytest.mark.parametrize("cudnn", [True, False], ids=["with cuDNN", "without cuDNN"])
     @pytest.mark.parametrize("training", [False, True])
     def test_backward_works_in_training_and_in_evaluation(

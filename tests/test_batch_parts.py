@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
+from cross import crossed
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
@@ -44,11 +45,10 @@ def parts_of(case, dtype):
     return min(plan["batch_parts"] for plan in layer_plans(case, dtype))
 
 
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+    "case, dtype, count",
+    crossed(CASES, [torch.float64, torch.float32, torch.bfloat16, torch.float16], [2, 3]),
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_by_parts_are_right(case, dtype, count):
     with threads(count):
         converts = any(plan["converts"] for plan in layer_plans(case, dtype))
@@ -83,20 +83,17 @@ CASE = Case(60, 20, 30, 64, num_layers=2, bidirectional=True, hx=True)
 PACKED = Case(0, 0, 30, 64, lengths=tuple(range(80, 40, -2)), num_layers=2, bidirectional=True)
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        ["input"],
-        ["hx"],
-        ["weight_ih_l0_reverse"],
-        ["weight_hh_l1", "bias_hh_l1"],
-        ["bias_ih_l1", "input"],
-        ["weight_hh_l0", "hx"],
-    ],
-    ids=" and ".join,
-)
-@pytest.mark.parametrize("reads", [0, 1], ids=["output", "h_n"])
-@pytest.mark.parametrize("case", [CASE, PACKED], ids=str)
+WANTED = [
+    "input",
+    "hx",
+    "weight_ih_l0_reverse",
+    "weight_hh_l1 bias_hh_l1",
+    "bias_ih_l1 input",
+    "weight_hh_l0 hx",
+]
+
+
+@pytest.mark.parametrize("case, reads, wanted", crossed([CASE, PACKED], [0, 1], WANTED))
 def test_each_gradient_by_parts_alone_is_the_same(case, reads, wanted):
     gradients = []
     for cls in (fastrnn.RNN, torch.nn.RNN):
@@ -106,7 +103,7 @@ def test_each_gradient_by_parts_alone_is_the_same(case, reads, wanted):
         x = pack_sequence(inputs, enforce_sorted=False) if case.lengths else inputs[0]
         numbers = x.data if case.lengths else x
         leaves = {"input": numbers, "hx": hx, **dict(module.named_parameters())}
-        leaves = [leaves[name].requires_grad_() for name in wanted]
+        leaves = [leaves[name].requires_grad_() for name in wanted.split()]
         with threads(2):
             assert parts_of(case, torch.float64) == 2
             result = module(x, hx)[reads]

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
+from cross import crossed
 
 import fastrnn
 from fastrnn import _C, testing
@@ -26,9 +27,12 @@ MORE = Case(3, 40, 700, 520, hx=True)  # packed in forward, or ATen's product in
 LONG = Case(1, 4, 65536, 20)  # sums of many terms; a single step has no product with W_hh
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*INPUT, *STEP, MORE, LONG], ids=str)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "case, dtype, count", crossed([*INPUT, *STEP, MORE, LONG], DTYPES, [2, 1, 3])
+)
 def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     with threads(count):
         plan = layer_plans(case, dtype)[0]
@@ -42,7 +46,7 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", range(1, 14))
 def test_tiles_of_every_height_are_right(B, dtype):
     # Packed weights, in panels of two vectors too and K odd, and weights as they are.
@@ -53,13 +57,11 @@ def test_tiles_of_every_height_are_right(B, dtype):
         assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("T, packs", [(20, False), (70, True)])
-@pytest.mark.parametrize("B", [1, 2])
-def test_rows_of_a_weight_that_lie_across_cache_lines_are_read_right(B, T, packs, dtype):
+@pytest.mark.parametrize("dtype, T, B", crossed(DTYPES, [20, 70], [1, 2]))
+def test_rows_of_a_weight_that_lie_across_cache_lines_are_read_right(dtype, T, B):
     case = Case(T, B, 12, 299, hx=True)
     if dtype.itemsize > 2:  # else it depends on the processor's instructions
-        assert layer_plans(case, dtype)[0]["backward_packs"] == packs
+        assert layer_plans(case, dtype)[0]["backward_packs"] == (T == 70)
     ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 

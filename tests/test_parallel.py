@@ -54,6 +54,7 @@ def test_after_a_long_wait_the_caller_goes_on_alone(library, region, needs):
         assert region() == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("needs", [False, True], ids=["at the end", "inside its turn"])
 def test_a_short_wait_changes_nothing(library, region, needs):
     for _ in range(50):
@@ -68,6 +69,7 @@ def test_a_short_wait_changes_nothing(library, region, needs):
     pytest.skip("this machine is too busy for a short wait")
 
 
+@pytest.mark.full
 def test_time_fills_the_account(library, region):
     library.set_saved(-100_000_000)
     assert region() == 1
@@ -91,6 +93,7 @@ def test_after_a_rest_threads_that_wake_up_slowly_are_not_woken(region, rest):
     assert region() == region() == 1
 
 
+@pytest.mark.full
 def test_they_are_woken_once_the_caller_has_been_busy_for_some_time(region, rest):
     def threads_of_two_calls():
         rest()
@@ -102,6 +105,7 @@ def test_they_are_woken_once_the_caller_has_been_busy_for_some_time(region, rest
     assert region() == 1
 
 
+@pytest.mark.full
 def test_they_are_woken_for_a_call_that_takes_longer(region, rest):
     rest()
     assert region(work=1_000_000) == 1
@@ -113,6 +117,7 @@ def test_they_are_woken_after_some_seconds_since_they_may_be_faster_by_then(regi
     assert region() == 2
 
 
+@pytest.mark.full
 def test_how_long_they_take_is_measured_after_a_rest(library, region):
     def threads_of_two_calls():
         library.set_wake_time(0, 0)

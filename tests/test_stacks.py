@@ -5,6 +5,7 @@ walk and its products, and in backward the walk and the weights' gradients."""
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, outputs, steps_of, threads
+from cross import crossed
 from test_teams import run_with_thread_limit
 
 import fastrnn
@@ -72,9 +73,10 @@ def test_layers_run_side_by_side_where_one_leaves_threads_idle():
         assert plan_of(Case(1000, 3, 3, 128, num_layers=3), torch.float32)["layer_threads"] == 3
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES + WALKS, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count",
+    crossed(CASES + WALKS, [torch.float64, torch.float32, torch.bfloat16], [2, 3, 8]),
+)
 def test_results_and_gradients_of_what_runs_side_by_side_are_right(case, dtype, count):
     with threads(count):
         plan = plan_of(case, dtype)
