@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo | test | lint | bench | peers | scaling | busy | limits | plots | clean. Each target sets up
-# what it needs in .venv, once.
+# make demo | test | test-all | mutants | lint | bench | peers | scaling | busy | limits | plots | clean.
+# Each target sets up what it needs in .venv, once.
 # make gpu builds with CUDA, tests and measures on a GPU, with the torch and pytest of PYTHON.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 # Two pips must not run in one environment at once.
 .NOTPARALLEL:
-.PHONY: demo test lint bench peers scaling busy limits plots gpu clean
+.PHONY: demo test test-all mutants lint bench peers scaling busy limits plots gpu clean
 
 $(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
@@ -39,6 +39,14 @@ demo: $(VENV)/built
 
 test: $(VENV)/built $(VENV)/dev
 	$(RUN) -m pytest tests
+
+# The rest of the crosses too, and what takes real time: twenty minutes.
+test-all: $(VENV)/built $(VENV)/dev
+	$(RUN) -m pytest tests -m ""
+
+# Faults that the tests have to notice: hours.
+mutants: $(VENV)/built $(VENV)/dev
+	$(RUN) tests/mutants.py
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make mutants`: whether the quick suite notices the faults of faults.py.
 
-In a copy of the checkout, each fault is planted by itself, the extension is built again where it is
-C++, and the quick suite runs up to its first failure, the files that are about the fault's folder
+In a copy of the built checkout, each fault is planted by itself, the extension is built again where
+it is C++, and the quick suite runs up to its first failure, the files that are about the fault's folder
 first. The table is written to docs/mutants.md. Without a fault the suite has to pass: that is
 looked at first. It takes hours, so it is no part of the suite.
 
@@ -27,7 +27,7 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "mutants.md"
-#: What is copied, besides the files that git knows: an earlier build, so that little is built.
+#: What is copied, besides the files that git knows: the extension, and what was compiled for it.
 BUILT = ("build", "fastrnn/*.so", ".pytest_cache/d")
 #: Seconds for the suite; a fault that makes it stand still is noticed too.
 LIMIT = 3600
@@ -130,6 +130,8 @@ class Workshop:
             return Verdict(fault, *self.first_failure(fault.file))
         finally:
             source.write_text(text, encoding="utf-8")
+            for extension in ROOT.glob("fastrnn/*.so"):
+                shutil.copy2(extension, self.folder / "fastrnn")
 
 
 def last_started(output: str) -> str:
@@ -144,8 +146,8 @@ def table(verdicts: list[Verdict]) -> str:
         "# Planted faults",
         "",
         f"`make mutants` wrote this page: {caught} of {len(verdicts)} faults of "
-        "[faults.py](../tests/faults.py) are noticed by the quick suite. Seconds: from the start of "
-        "pytest to the first failure, the files about the fault's folder first.",
+        "[faults.py](../tests/faults.py) are noticed by the quick suite. Seconds: from the start "
+        "of pytest to the first failure, the files about the fault's folder first.",
         "",
         "| file | fault | instead of | there is | noticed by | s |",
         "|---|---|---|---|---|---|",
@@ -174,7 +176,6 @@ def main() -> None:
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder), arguments.suite)
-        workshop.build()
         if not words:
             test, seconds = workshop.first_failure("")
             if test is not None:

@@ -20,7 +20,7 @@ from accuracy import (
     steps_of,
     threads,
 )
-from cross import pairwise, rest_is_full
+from cross import name_of, pairwise, rest_is_full
 
 import fastrnn
 from fastrnn import _C, reference, testing
@@ -104,9 +104,9 @@ def test_what_is_no_ordinary_number_stays_in_its_sequence(value, H, nonlinearity
     assert torch.equal(ours[:, others], plain[:, others])
 
 
-@pytest.mark.parametrize("case", GRID[::7], ids=str)
-def test_nothing_uninitialised_is_read(case):
-    call = OperatorCall(case, torch.float32)
+@pytest.mark.parametrize("case, dtype", ALWAYS, ids=name_of)
+def test_nothing_uninitialised_is_read(case, dtype):
+    call = OperatorCall(case, dtype)
     clean = call.forward()
     with testing.poisoned_memory():
         poisoned = call.forward()
