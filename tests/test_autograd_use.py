@@ -335,16 +335,13 @@ class TestModes:
 
     @pytest.mark.parametrize("cudnn", [True, False], ids=["with cuDNN", "without cuDNN"])
     @pytest.mark.parametrize("training", [False, True])
-    def test_backward_works_in_training_and_in_evaluation(
-        self, training, cudnn, device, monkeypatch
-    ):
-        monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
-
+    def test_backward_works_in_training_and_in_evaluation(self, training, cudnn, device):
         def compute(module, x, hx):
             output, h_n = module.train(training)(x, hx)
             return grad(weighted(output) + weighted(h_n), [x, hx, *module.parameters()])
 
-        of_both(compute, device=device)
+        with torch.backends.cudnn.flags(enabled=cudnn):
+            of_both(compute, device=device)
 
 
 SHAPES = {"small": (3, 4, 5, 7), "many rows": (5, 32, 16, 64), "few rows": (9, 2, 32, 264)}
