@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from cross import crossed
 from pairs import H, I, Setting, arguments, draw, our_call, pair, same, weighted
 from test_capabilities import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,9 +42,10 @@ def sample(setting, form, requires_grad, dtype=torch.float32):
 class TestOperators:
     """Schema, aliasing, autograd, fake kernel and tracing, as torch.library judges them."""
 
-    @pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
-    @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "no hx"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, requires_grad",
+        crossed(MODES, ["padded", "batch_first", "packed", "no hx"], [True, False]),
+    )
     def test_rnn(self, setting, form, requires_grad):
         batch_first = form == "batch_first"
         sampled = setting._replace(batch_first=batch_first)
@@ -62,9 +64,9 @@ class TestOperators:
             (x, hx, weights, batch_sizes, *shared, batch_first),
         )
 
-    @pytest.mark.parametrize("keep", [False, True])
-    @pytest.mark.parametrize("form", ["padded", "packed", "no hx"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, keep", crossed(MODES, ["padded", "packed", "no hx"], [False, True])
+    )
     def test_rnn_forward(self, setting, form, keep):
         x, hx, weights, batch_sizes, shared = sample(setting, form, False)
         torch.library.opcheck(
@@ -184,9 +186,14 @@ class TestPyTorchsOwnSamples:
 
 
 class TestAutocast:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "low precision input"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, dtype",
+        crossed(
+            MODES,
+            ["padded", "batch_first", "packed", "low precision input"],
+            [torch.bfloat16, torch.float16],
+        ),
+    )
     def test_results_are_low_and_gradients_are_float32(self, setting, form, dtype):
         """Against a float64 run: no further from it than twice nn.RNN under the same autocast."""
         setting = setting._replace(batch_first=form == "batch_first")

@@ -97,9 +97,12 @@ def test_what_is_no_ordinary_number_stays_in_its_sequence(value, H, nonlinearity
     x = case.arguments(dtype)[0][0]
     plain = case.module(fastrnn.RNN, dtype)(x)[0]
     x[1, 2] = value
-    ours, theirs = (case.module(cls, dtype)(x)[0] for cls in (fastrnn.RNN, torch.nn.RNN))
-    torch.testing.assert_close(ours.isfinite(), theirs.isfinite())
-    torch.testing.assert_close(ours.isnan(), theirs.isnan())
+    ours = case.module(fastrnn.RNN, dtype)(x)[0]
+    # In float64: which product PyTorch takes for 16 bits, and what that makes of infinity, depends
+    # on the processor.
+    theirs = case.module(torch.nn.RNN, dtype).double()(x.double())[0]
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert torch.equal(ours.isnan(), theirs.isnan())
     others = [0, 1, 3, 4]
     assert torch.equal(ours[:, others], plain[:, others])
 
