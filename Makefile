@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo | test | lint | bench | peers | scaling | busy | limits | plots | dist | clean. Each target
-# sets up what it needs in .venv, once.
+# make demo | test | test-all | mutants | lint | bench | peers | scaling | busy | limits | plots | dist
+# | clean. Each target sets up what it needs in .venv, once.
 # make cuda builds with CUDA in .venv-cuda, and needs no GPU.
 # make gpu builds with CUDA, tests and measures on a GPU, with the torch and pytest of PYTHON.
 PYTHON ?= python3
@@ -17,7 +17,7 @@ SMOKE := tests/test_module.py tests/test_readme.py
 
 # Two pips must not run in one environment at once.
 .NOTPARALLEL:
-.PHONY: demo test lint bench peers scaling busy limits plots cuda gpu dist clean
+.PHONY: demo test test-all mutants lint bench peers scaling busy limits plots cuda gpu dist clean
 
 $(VENV)/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
@@ -46,6 +46,14 @@ demo: $(VENV)/built
 
 test: $(VENV)/built $(VENV)/dev
 	$(RUN) -m pytest tests
+
+# The rest of the crosses too, and what takes real time: twenty minutes.
+test-all: $(VENV)/built $(VENV)/dev
+	$(RUN) -m pytest tests -m ""
+
+# Faults that the tests have to notice: hours.
+mutants: $(VENV)/built $(VENV)/dev
+	$(RUN) tests/mutants.py
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -27,8 +27,12 @@ from report import ROOT, without_paths
 TAIL, MESSAGE, ERROR_LINES = 6000, 300, 40
 #: The files with tests for a GPU, each entry a run of pytest. Where pytest-xdist is there, several
 #: processes share the tests of a run, but for those that measure time and memory.
-SUITE = ("graphs results errors module autograd", "use")
-ALONE, PROCESSES = ("use",), max(2, (os.cpu_count() or 1) - 2)
+SUITE = (
+    "gpu_graphs gpu_results gpu_errors gpu_module "
+    "autograd autograd_use empty integration module results",
+    "gpu_use",
+)
+ALONE, PROCESSES = ("gpu_use",), max(2, (os.cpu_count() or 1) - 2)
 #: Failures after which a run is given up.
 MOST_FAILURES = 40
 #: Seconds that a program has to end by itself, and pytest to write what it found.
@@ -85,7 +89,7 @@ def suite_file(name: str, limit: float) -> dict[str, Any]:
     """Run one of `SUITE`; ``tests``: their counts."""
     if limit <= 0:
         return {"status": "timed out", "seconds": 0.0}
-    files = [f"tests/test_gpu_{part}.py" for part in name.split()]
+    files = [f"tests/test_{part}.py" for part in name.split()]
     command = [sys.executable, "-m", "pytest", *files, "-m", "gpu", "-q"]
     command += ["-p", "no:cacheprovider", "--tb=short", f"--maxfail={MOST_FAILURES}"]
     command += ["-o", f"faulthandler_timeout={SLOW_TEST}"]

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
+from cross import crossed
 
 import fastrnn
 from fastrnn import _C, testing
@@ -23,7 +24,8 @@ STEP = [  # and that of each step
     Case(0, 0, 700, 520, lengths=(9, 8, 8, 7, 5, 2)),
 ]
 MORE = Case(3, 40, 700, 520, hx=True)  # packed in forward, or ATen's product in each step
-LONG = Case(1, 4, 65536, 20)  # sums of many terms; a single step has no product with W_hh
+# Sums of many terms, whole parts of them and three more; a single step has no product with W_hh.
+LONG = Case(1, 4, 65539, 20)
 
 
 def uses_aten(case):
@@ -31,9 +33,12 @@ def uses_aten(case):
     return _C.cpu_capability() == "default" and not case.lengths
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [*INPUT, *STEP, MORE, LONG], ids=str)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "case, dtype, count", crossed([*INPUT, *STEP, MORE, LONG], DTYPES, [2, 1, 3])
+)
 def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     with threads(count):
         plan = layer_plans(case, dtype)[0]
@@ -47,7 +52,7 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", range(1, 14))
 def test_tiles_of_every_height_are_right(B, dtype):
     # Packed weights, in panels of two vectors too and K odd, and weights as they are.
@@ -58,7 +63,7 @@ def test_tiles_of_every_height_are_right(B, dtype):
         assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, B, delta", [(20, 1, "as_is"), (70, 2, "panels")])
 def test_rows_of_a_weight_that_lie_across_cache_lines_are_read_right(T, B, delta, dtype):
     case = Case(T, B, 12, 299, hx=True)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: empty, misplaced and wrong arguments, and a GPU that is not the current one.
+"""On a GPU: misplaced and wrong arguments, and a GPU that is not the current one.
 
 Contract: torch.nn.RNN in the same place raises the same type of exception, or returns the same.
 """
 
 import pytest
 import torch
-from pairs import pair, same
+from devices import needs_gpu
+from pairs import pair, same, tensor, weighted
 from test_gpu_module import SIZES, both, every_form, given, near
-from test_gpu_results import needs_gpu, tensor, weighted
 from torch.autograd import grad
 
 pytestmark = needs_gpu
@@ -24,36 +24,6 @@ def outcome(call):
     except Exception as error:
         return type(error), str(error)
     return [tensor(r).shape for r in results], [tensor(r).detach().cpu() for r in results]
-
-
-def empty(module, shape, hx):
-    device = next(module.parameters()).device
-    x = torch.zeros(shape, dtype=torch.float64, device=device, requires_grad=True)
-    state = torch.zeros(4, shape[1], SIZES[1], dtype=x.dtype, device=device) if hx else None
-    output, h_n = module(x, state)
-    return [output, h_n, *grad(weighted(output) + weighted(h_n), [x, *module.parameters()])]
-
-
-def without_features(module):
-    """The module for an input of no features, which the constructor refuses."""
-    module.input_size = 0
-    for suffix in ("", "_reverse"):
-        old = getattr(module, f"weight_ih_l0{suffix}")
-        setattr(module, f"weight_ih_l0{suffix}", torch.nn.Parameter(old.detach()[:, :0]))
-    return module
-
-
-@pytest.mark.parametrize("hx", [False, True])
-@pytest.mark.parametrize("shape", [(5, 0, 6), (5, 3, 0), (0, 3, 6), (0, 0, 6)], ids=str)
-def test_no_sequences_no_features_no_steps_give_what_nn_rnn_gives(shape, hx):
-    """On the GPU, or on the CPU where only cuDNN fails."""
-    modules = [*both(), pair(sizes=SIZES)[1]]
-    modules = [without_features(m) if shape[2] == 0 else m for m in modules]
-    ours, theirs, on_cpu = (outcome(lambda m=m: empty(m, shape, hx)) for m in modules)
-    assert ours[0] in (theirs[0], on_cpu[0]), f"{ours[0]}, nn.RNN {theirs[0]}"
-    if isinstance(ours[0], list):
-        for a, b in zip(ours[1], on_cpu[1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def refusal(theirs):

@@ -8,7 +8,9 @@ import copy
 
 import pytest
 import torch
-from test_gpu_results import DEVICE, needs_gpu, tensor
+from devices import needs_gpu
+from pairs import tensor
+from test_gpu_results import DEVICE
 from test_gpu_use import USES, Work, every_mode, every_use
 from torch._dynamo.utils import counters
 from torch.utils._triton import has_triton

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: fastrnn.RNN as a module: moves, state, layouts, autocast, dropout.
+"""On a GPU: what of the module is special there: moves, cuDNN's one buffer, autocast, dropout.
 
 Each expectation is read off torch.nn.RNN when the test runs: on the CPU in float64, or on the same
 GPU where what cuDNN does decides.
 """
 
 import copy
-import pickle
 
 import pytest
 import torch
-from pairs import Setting, arguments, pair, same
-from test_gpu_results import CLASSES, DEVICE, agree, needs_gpu, tensor, tf32_allowed, weighted
+from devices import needs_gpu
+from pairs import Setting, arguments, pair, same, tensor, weighted
+from test_gpu_results import DEVICE, tf32_allowed
 from torch.autograd import grad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
-from fastrnn.functional import rnn, takes_fused_path
+from fastrnn.functional import rnn
 
 pytestmark = needs_gpu
 
@@ -68,21 +68,7 @@ def near(ours, theirs, ulps=8):
         assert error <= ulps * torch.finfo(b.dtype).eps * b.double().norm()
 
 
-# The way
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW], ids=str)
-@every_form
-def test_the_fused_path_takes_it(form, dtype):
-    setting, x, hx = given(form, dtype)
-    weights = list(both(setting, dtype)[0].parameters())
-    assert takes_fused_path(tensor(x), weights, hx)
-    assert takes_fused_path(tensor(x), weights, None)
-    with torch.inference_mode():
-        assert takes_fused_path(tensor(x), weights, hx)
-
-
-# Moves and copies
+# Moves, and memory shared with cuDNN
 
 
 def test_a_module_moves_to_the_gpu_and_back():
@@ -96,25 +82,6 @@ def test_a_module_moves_to_the_gpu_and_back():
     assert all(w is p for w, p in zip(module._flat_weights, module.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("move", ["half", "bfloat16", "float", "double"])
-def test_a_module_of_another_dtype_gives_what_nn_rnn_gives(move):
-    _, *arguments = given("padded")
-    ours, theirs, x, hx = (getattr(each, move)() for each in (*both(), *arguments))
-    results = ours(x, hx)
-    near(results, exact(theirs, x, hx))
-    assert [r.dtype for r in results] == [r.dtype for r in theirs(x, hx)]
-
-
-@pytest.mark.parametrize("form", ["padded", "packed unsorted"])
-def test_state_loads_strictly_both_ways(form):
-    setting, x, hx = given(form)
-    ours, theirs = (cls(*SIZES, **setting._asdict(), device=DEVICE).double() for cls in CLASSES)
-    for source, target in ((theirs, ours), (ours, theirs)):
-        source.reset_parameters()
-        target.load_state_dict(source.state_dict(), strict=True)
-        near([tensor(t) for t in ours(x, hx)], [tensor(t) for t in theirs(x, hx)])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 def test_parameters_that_nn_rnn_keeps_in_one_buffer_may_be_shared(dtype):
     _, x, hx = given("padded", dtype)
@@ -124,113 +91,6 @@ def test_parameters_that_nn_rnn_keeps_in_one_buffer_may_be_shared(dtype):
     for scale in (1, 0.5):  # an edit of theirs is seen by ours
         theirs.weight_hh_l0.detach().mul_(scale)
         near(ours(x, hx), exact(theirs, x, hx))
-
-
-def test_flatten_parameters_changes_nothing():
-    module, _ = both()
-    _, x, hx = given("padded")
-    before, parameters = module(x, hx), list(module.parameters())
-    addresses = [p.data_ptr() for p in parameters]
-    assert module.flatten_parameters() is None
-    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
-    assert [p.data_ptr() for p in parameters] == addresses
-    assert all(map(torch.equal, module(x, hx), before))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_stays_on_the_gpu_and_gives_the_same_bits(duplicate):
-    _, x, hx = given("padded")
-    module, _ = both()
-    before = module(x, hx)
-    clone = duplicate(module)
-    assert all(p.device == x.device for p in clone.parameters())
-    module.weight_hh_l0.detach().zero_()
-    assert all(map(torch.equal, clone(x, hx), before))
-
-
-# Results
-
-
-@every_form
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "under no_grad"])
-def test_results_have_the_layout_of_nn_rnns_and_memory_of_their_own(form, recorded):
-    setting, x, hx = given(form)
-    described = []
-    for module in both(setting):
-        with torch.set_grad_enabled(recorded):
-            output, h_n = (tensor(t) for t in module(x, hx))
-        tensors = [output, h_n, tensor(x), hx, *module.parameters()]
-        described.append([(t.shape, t.stride(), t.requires_grad) for t in (output, h_n)])
-        if isinstance(module, fastrnn.RNN):
-            storages = {t.untyped_storage().data_ptr() for t in tensors}
-            assert len(storages) == len(tensors) and h_n.is_contiguous()
-    assert described[0] == described[1]
-
-
-def test_packed_results_carry_the_layout_of_the_input():
-    setting, x, _ = given("packed unsorted")
-    output, _ = both(setting)[0](x)
-    assert output.batch_sizes.device.type == "cpu"
-    for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
-        assert torch.equal(getattr(output, name), getattr(x, name))
-
-
-@every_form
-def test_inference_mode_gives_inference_tensors_of_the_same_bits(form):
-    setting, x, hx = given(form)
-    module, _ = both(setting)
-    expected = module(x, hx)
-    with torch.inference_mode():
-        results = module(x, hx)
-    for result, right in zip(results, expected, strict=True):
-        assert tensor(result).is_inference()
-        assert torch.equal(tensor(result), tensor(right))
-
-
-# Strange memory: the same numbers, or a row or column of them again and again, elsewhere
-
-
-VIEWS = {
-    "transposed": lambda t: t.transpose(-1, 0).contiguous().transpose(-1, 0),
-    "every second element": lambda t: torch.stack([t, 2 * t], -1)[..., 0],
-    "at an odd address": lambda t: torch.cat([t[:1].flatten()[:1], t.flatten()])[1:].view(t.shape),
-    "one row expanded": lambda t: t[:1].expand_as(t),
-    "one column expanded": lambda t: t[..., :1].expand_as(t),
-    "the batch expanded": lambda t: t[:, :1].expand_as(t) if t.dim() > 1 else t,
-    "backwards": lambda t: t.flip(0),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-class TestStrangeMemory:
-    @pytest.mark.parametrize("batch_first", [False, True])
-    @pytest.mark.parametrize("who", ["input", "hx"])
-    def test_as_input_or_hx(self, who, batch_first, view):
-        def compute(module, x, hx):
-            output, h_n = module(view(x), hx) if who == "input" else module(x, view(hx))
-            slopes = grad(weighted(output) + h_n.sum(), [x, hx, *module.parameters()])
-            return [output, h_n, *slopes]
-
-        agree(compute, Setting(batch_first=batch_first), 5, 3, SIZES)
-
-    def test_as_packed_data(self, view):
-        def compute(module, x, hx):
-            packed = PackedSequence(view(x.flatten(0, 1)), torch.tensor([3, 2, 1]))
-            output, h_n = module(packed)
-            return [output.data, h_n, *grad(weighted(output.data), [x, *module.parameters()])]
-
-        agree(compute, Setting(), 3, 2, SIZES)
-
-    @pytest.mark.parametrize("kind", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
-    def test_as_weights(self, kind, view):
-        def compute(module, x, hx):
-            leaves = dict(module.named_parameters())
-            flat = {n: view(w) if n.startswith(kind) else w for n, w in leaves.items()}
-            output, h_n = torch.func.functional_call(module, flat, (x, hx))
-            slopes = grad(weighted(output) + weighted(h_n), [x, hx, *leaves.values()])
-            return [output, h_n, *slopes]
-
-        agree(compute, Setting(), 5, 3, SIZES)
 
 
 # Autocast
@@ -255,21 +115,6 @@ def test_autocast_lowers_results_and_leaves_gradients_float32(form, region):
     right += grad(weighted(right[0]) + weighted(right[1]), exact.parameters())
     for a, b in zip([*results, *slopes], right, strict=True):
         assert (a.cpu().double() - b).norm() <= 16 * torch.finfo(dtype).eps * b.norm()
-
-
-def test_autocast_leaves_float64_alone():
-    _, x, hx = given("padded")
-    ours, theirs = both()
-    with torch.autocast(DEVICE.type):
-        near(ours(x, hx), theirs(x, hx))
-
-
-def test_a_disabled_region_inside_computes_in_float32():
-    _, x, hx = given("padded", torch.float32)
-    module, _ = both(dtype=torch.float32)
-    with torch.autocast(DEVICE.type), torch.autocast(DEVICE.type, enabled=False):
-        inside = module(x, hx)
-    assert all(map(torch.equal, inside, module(x, hx)))
 
 
 # Dropout

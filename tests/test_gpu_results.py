@@ -3,7 +3,7 @@
 
 Contract: a float64 run of torch.nn.RNN on the CPU is right. In float64 ours agrees with it; below
 that ours is at most 1.5 times as far from it as nn.RNN on the same GPU is, with TF32 and without.
-The other files of the GPU's tests take their helpers from here.
+The other files of what only a GPU has take their helpers from here.
 """
 
 import itertools
@@ -11,31 +11,22 @@ import math
 from functools import lru_cache
 
 import pytest
+import test_operators
 import torch
-from pairs import Setting, arguments, pair, same
+from accuracy import OperatorCall, backward_errors, float32_drift
+from cross import rest_is_full
+from devices import needs_gpu
+from pairs import tensor
 from test_capabilities import run_python
-from test_operators import OperatorCall, named
-from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from fastrnn import _extension, reference, testing
+from fastrnn import testing
 from fastrnn.functional import takes_fused_path
 from fastrnn.testing import Case
 
-DEVICE = torch.device("cuda")
-
-
-def why_not():
-    if not torch.cuda.is_available():
-        return "no CUDA GPU here"
-    if not _extension.C.build_info()["cuda"]:
-        return "the extension was not built with CUDA"
-    return ""
-
-
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")]
 pytestmark = needs_gpu
 
+DEVICE = torch.device("cuda")
 #: dtype, and whether nn.RNN, and so ours, may round float32 to TF32 in products.
 PRECISIONS = {
     "float64": (torch.float64, False),
@@ -46,13 +37,6 @@ PRECISIONS = {
 }
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 CLASSES = (fastrnn.RNN, torch.nn.RNN)
-
-
-# Helpers of all files
-
-
-def tensor(value):
-    return value.data if isinstance(value, PackedSequence) else value
 
 
 def on_device(module):
@@ -80,21 +64,6 @@ def tf32_allowed(allowed):
     return cudnn.flags(**{name: getattr(cudnn, name) for name in names}, allow_tf32=allowed)
 
 
-def weighted(x):
-    """A scalar of x, of any device, with slopes from element to element that every dtype holds."""
-    slopes = torch.arange(x.numel(), dtype=torch.float64).add(1).cos().view(x.shape)
-    return (x * slopes.bfloat16().to(x)).sum()
-
-
-def agree(compute, setting=Setting(), steps=3, batch=2, sizes=(2, 3)):  # noqa: B008 - immutable
-    """compute(module, x, hx), ours on the GPU, gives what nn.RNN gives on the CPU, in float64."""
-    ours, theirs = pair(setting, sizes=sizes)
-    x, hx = arguments(setting, steps, batch, sizes)
-    there = [t.detach().clone().to(DEVICE).requires_grad_() for t in (x, hx)]
-    answers = compute(ours.to(DEVICE), *there)
-    same([t if t is None else t.cpu() for t in answers], compute(theirs, x, hx))
-
-
 # Equality
 
 
@@ -120,12 +89,9 @@ def sizes():
     return [*cases, Case(3, 9, 5, 1030, hx=True), Case(3, 16, 5, 2050, nonlinearity="relu")]
 
 
-GRID = testing.grid()
+GRID = test_operators.GRID
 SIZES = sizes()
 FEW = GRID[::11] + SIZES[::9]
-#: In float32 and 16 bits a state may round to the other side of relu's kink, in either library,
-#: and changes a gradient by all of it: those gradients are compared at given states.
-KINKED = [case for case in GRID + SIZES if case.nonlinearity == "relu"]
 
 
 def run(cls, case, precision):
@@ -153,46 +119,44 @@ def assert_accurate(ours, case, precision):
     testing.assert_as_accurate(ours, theirs, right, dtype)
 
 
-@every_precision
-@pytest.mark.parametrize("case", GRID + SIZES, ids=str)
+CASES = list(itertools.product(GRID + SIZES, PRECISIONS))
+#: The precisions take turns, but on the sizes that the CPU has every dtype of.
+ALWAYS = [
+    *zip(SIZES, itertools.cycle(PRECISIONS)),
+    *((case, str(dtype)[6:]) for case, dtype in test_operators.ALWAYS),
+]
+
+
+@pytest.mark.parametrize("case, precision", rest_is_full(CASES, ALWAYS))
 def test_results_and_gradients_are_as_accurate_as_nn_rnns(case, precision):
     assert_accurate(run(fastrnn.RNN, case, precision), case, precision)
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float64"])
-@pytest.mark.parametrize("case", KINKED, ids=str)
+#: In float32 and 16 bits a state may round to the other side of relu's kink, in either library,
+#: and changes a gradient by all of it: those gradients are compared at given states.
+KINKED = [row for row in CASES if row[0].nonlinearity == "relu" and row[1] != "float64"]
+
+
+@pytest.mark.parametrize(
+    "case, precision", rest_is_full(KINKED, [row for row in ALWAYS if row in KINKED])
+)
 def test_backward_of_relu_is_the_references_at_the_same_states(case, precision):
     dtype, tf32 = PRECISIONS[precision]
-    call = OperatorCall(case, dtype)
-    on_cpu = OperatorCall(case, dtype)
-    call.input, call.hx, *call.weights = (
-        t if t is None else t.to(DEVICE) for t in (call.input, call.hx, *call.weights)
-    )
-    generator = torch.Generator().manual_seed(1)
+    call = OperatorCall(case, dtype, DEVICE)
+    # Every step's gradient may be rounded.
+    low = float32_drift(call.sizes) if dtype.itemsize == 4 else 4 * torch.finfo(dtype).eps
     with tf32_allowed(tf32):
-        output, h_n, layer_outputs = call.forward()
-        grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype)
-                 for t in (output, h_n)]  # fmt: skip
-        ours = named(*call.backward(*(g.to(DEVICE) for g in grads), layer_outputs))
-    states = [y.cpu().double().reshape(-1, y.size(-1)) for y in layer_outputs]
-    right = reference.rnn_backward(
-        grads[0].double().reshape(-1, output.size(-1)), grads[1].double(),
-        *on_cpu.exact_arguments(h_n.cpu()), states, **on_cpu.named,
-    )  # fmt: skip
-    # Every step's gradient may be rounded, and float32 sums over many rows drift.
-    drift = max(1.0, sum(call.sizes) / 1000) ** 0.5
-    allowed = 2**-9 if tf32 else 1e-6 * drift if dtype.itemsize == 4 else 4 * torch.finfo(dtype).eps
-    right = named(right.input.reshape(ours["input"].shape), right.hx, right.weights)
-    ours = testing.grouped({name: t.cpu().double() for name, t in ours.items()})
-    for name, value in testing.grouped(right).items():
-        assert testing.relative_error(ours[name], value) < allowed, name
+        errors = backward_errors(call)
+    for name, error in errors.items():
+        assert error < (2**-9 if tf32 else low), name
 
 
 @pytest.mark.parametrize("H", [64, 320, 512])
 def test_the_newer_setting_may_forbid_tf32_too(H):
     case = Case(9, 16, 33, H, hx=True)
     newer = torch.backends.cudnn.rnn
-    with tf32_allowed(True):
+    # PyTorch's own testing module, which other tests import, forbids to set it.
+    with tf32_allowed(True), torch.backends.__allow_nonbracketed_mutation():
         before = newer.fp32_precision
         newer.fp32_precision = "ieee"
         try:
@@ -281,13 +245,18 @@ def test_nan_and_infinity_travel_as_in_nn_rnn_on_the_cpu(nonlinearity, H, precis
 # Bits
 
 
+in_turns = pytest.mark.parametrize(
+    "case, precision",
+    rest_is_full(itertools.product(FEW, PRECISIONS), zip(FEW, itertools.cycle(PRECISIONS))),
+)
+
+
 def assert_same_bits(first, second):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-@every_precision
-@pytest.mark.parametrize("case", FEW, ids=str)
+@in_turns
 def test_same_inputs_give_the_same_bits(case, precision):
     first = run(fastrnn.RNN, case, precision)
     for _ in range(2):
@@ -301,16 +270,14 @@ def poison_freed_memory():
     del blocks
 
 
-@every_precision
-@pytest.mark.parametrize("case", FEW, ids=str)
+@in_turns
 def test_what_memory_held_before_changes_no_bit(case, precision):
     first = run(fastrnn.RNN, case, precision)
     poison_freed_memory()
     assert_same_bits(first, run(fastrnn.RNN, case, precision))
 
 
-@every_precision
-@pytest.mark.parametrize("case", FEW, ids=str)
+@in_turns
 def test_deterministic_algorithms_give_the_same_bits(case, precision, monkeypatch):
     """PyTorch fills what it allocates with NaN then; cuBLAS has to be told its workspace."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -337,8 +304,13 @@ torch.save([suite.run(suite.fastrnn.RNN, *each) for each in suite.WALK_RUNS[int(
 """
 
 
-@pytest.mark.parametrize("part", range(len(WALK_RUNS)))
-@pytest.mark.parametrize("walk", ["steps", "block", "group"])
+@pytest.mark.parametrize(
+    "walk, part",
+    rest_is_full(
+        itertools.product(["steps", "block", "group"], range(len(WALK_RUNS))),
+        [(walk, 0) for walk in ("steps", "block", "group")],
+    ),
+)
 def test_results_are_as_accurate_with_the_walk_that_is_asked_for(walk, part, tmp_path):
     """So two walks are within both errors of one another."""
     file = tmp_path / "results.pt"

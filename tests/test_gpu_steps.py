@@ -3,6 +3,7 @@
 
 import json
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def test_long():
 def checkout(tmp_path, monkeypatch):
     """A checkout with a suite of its own: the path of one of its files."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n", encoding="utf-8")
-    path = tmp_path / "tests" / "test_gpu_first.py"
+    path = tmp_path / "tests" / "test_first.py"
     path.parent.mkdir()
     path.write_text(SUITE, encoding="utf-8")
-    path.with_name("test_gpu_second.py").write_text("def test_of_the_cpu(): assert False\n")
+    path.with_name("test_second.py").write_text("def test_of_the_cpu(): assert False\n")
     monkeypatch.setattr(gpu_steps, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_steps, "SUITE", ("first", "second"))
     return path
@@ -183,7 +184,7 @@ def test_the_suite_runs_the_tests_marked_gpu_and_all_of_them(checkout):
     assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 1, 1]
     assert "assert (1 + 1) == 3" in found["files"]["first"]["output"]
     (failure,) = found["failing"]
-    assert failure.startswith("tests.test_gpu_first::test_bad: ") and "(1 + 1) == 3" in failure
+    assert failure.startswith("tests.test_first::test_bad: ") and "(1 + 1) == 3" in failure
     assert {name: file["status"] for name, file in found["files"].items()} == {
         "first": "failed",
         "second": "absent",
@@ -203,8 +204,9 @@ def test_a_suite_without_time_for_all_keeps_what_it_found(checkout):
 
 def test_the_suite_is_every_file_with_tests_for_a_gpu():
     files = Path(__file__).parent.glob("test_*.py")
-    marked = {path.stem for path in files if "\npytestmark = needs_gpu" in path.read_text("utf-8")}
-    assert marked == {f"test_gpu_{name}" for run in gpu_steps.SUITE for name in run.split()}
+    takes_gpu = r"\npytestmark = needs_gpu|def test_\w+\([^)]*\bdevice\b"
+    marked = {path.stem for path in files if re.search(takes_gpu, path.read_text("utf-8"))}
+    assert marked == {f"test_{name}" for run in gpu_steps.SUITE for name in run.split()}
     assert {*gpu_steps.ALONE} < {*gpu_steps.SUITE}
 
 

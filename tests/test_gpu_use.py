@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_gpu_results import CLASSES, DEVICE, needs_gpu, tensor
+from devices import needs_gpu
+from pairs import tensor
+from test_gpu_results import CLASSES, DEVICE
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn

@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from pairs import H, I, Setting, arguments, draw, pair, same, weighted
+from cross import crossed
+from pairs import H, I, Setting, arguments, draw, our_call, pair, same, weighted
 from test_capabilities import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -41,9 +42,10 @@ def sample(setting, form, requires_grad, dtype=torch.float32):
 class TestOperators:
     """Schema, aliasing, autograd, fake kernel and tracing, as torch.library judges them."""
 
-    @pytest.mark.parametrize("requires_grad", [False, True], ids=["frozen", "trained"])
-    @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "no hx"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, requires_grad",
+        crossed(MODES, ["padded", "batch_first", "packed", "no hx"], [True, False]),
+    )
     def test_rnn(self, setting, form, requires_grad):
         batch_first = form == "batch_first"
         sampled = setting._replace(batch_first=batch_first)
@@ -62,9 +64,9 @@ class TestOperators:
             (x, hx, weights, batch_sizes, *shared, batch_first),
         )
 
-    @pytest.mark.parametrize("keep", [False, True])
-    @pytest.mark.parametrize("form", ["padded", "packed", "no hx"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, keep", crossed(MODES, ["padded", "packed", "no hx"], [False, True])
+    )
     def test_rnn_forward(self, setting, form, keep):
         x, hx, weights, batch_sizes, shared = sample(setting, form, False)
         torch.library.opcheck(
@@ -201,9 +203,14 @@ class TestPyTorchsOwnSamples:
 
 
 class TestAutocast:
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "low precision input"])
-    @pytest.mark.parametrize("setting", MODES, ids=str)
+    @pytest.mark.parametrize(
+        "setting, form, dtype",
+        crossed(
+            MODES,
+            ["padded", "batch_first", "packed", "low precision input"],
+            [torch.bfloat16, torch.float16],
+        ),
+    )
     def test_results_are_low_and_gradients_are_float32(self, setting, form, dtype):
         """Against a float64 run: no further from it than twice nn.RNN under the same autocast."""
         setting = setting._replace(batch_first=form == "batch_first")
@@ -231,13 +238,12 @@ class TestAutocast:
             rounding = torch.finfo(dtype).eps * exact.norm()
             assert error <= 2 * (theirs.double() - exact).norm() + rounding
 
-    def test_float64_stays_float64(self):
-        module, reference = pair()
-        x, hx = arguments()
-        with torch.autocast("cpu", torch.bfloat16):
+    def test_float64_stays_float64(self, device):
+        module, x, hx = our_call(device)
+        with torch.autocast(device.type, torch.bfloat16):
             results = module(x, hx)
         assert all(r.dtype == torch.float64 for r in results)
-        same(results, reference(x, hx))
+        same(results, pair()[1](*arguments()))
 
     def test_a_float64_input_to_a_float32_module_is_an_error(self):
         """nn.RNN leaves the complaint to addmm, a RuntimeError; saying it earlier is allowed."""
@@ -254,9 +260,10 @@ class TestAutocast:
             module.eval()
             assert not torch.equal(module(x)[0], module(-x)[0])
 
-    def test_a_disabled_region_inside_computes_in_float32(self):
-        module, x = pair()[0].float(), draw(3, 2, 2).float()
-        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    def test_a_disabled_region_inside_computes_in_float32(self, device):
+        module, x = pair()[0].to(device).float(), draw(3, 2, 2, device=device).float()
+        region = torch.autocast(device.type, torch.bfloat16)
+        with region, torch.autocast(device.type, enabled=False):
             inside = module(x)
         assert all(map(torch.equal, inside, module(x)))
 
@@ -374,43 +381,43 @@ def default_device_set(device):
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("place", ["cpu", "meta"])
 @pytest.mark.parametrize("region", [torch.device, default_device_set], ids=["region", "setting"])
 class TestADefaultDevice:
     """It is a function mode too, but one that looks only at calls that make tensors."""
 
-    def test_leaves_the_fused_path_on(self, region, device):
+    def test_leaves_the_fused_path_on(self, region, place):
         module, (x, hx) = pair()[0], arguments()
-        with region(device):
+        with region(place):
             assert takes_fused_path(x, list(module.parameters()), hx)
 
     @pytest.mark.parametrize("has_hx", [False, True])
-    def test_changes_no_result(self, region, device, has_hx):
+    def test_changes_no_result(self, region, place, has_hx):
         (module, reference), (x, hx) = pair(), arguments()
         given = (x, hx) if has_hx else (x,)
-        with region(device):
+        with region(place):
             results = module(*given)
         same(results, reference(*given))
 
-    def test_changes_no_draw_for_packed_sequences(self, region, device):
+    def test_changes_no_draw_for_packed_sequences(self, region, place):
         packed = pack_sequence([draw(2, I), draw(3, I, seed=1)], enforce_sorted=False)
         answers = []
-        for module, around in zip(pair(dropout=0.5), (region(device), nullcontext()), strict=True):
+        for module, around in zip(pair(dropout=0.5), (region(place), nullcontext()), strict=True):
             torch.manual_seed(0)
             with around:
                 output, h_n = module(packed)
             answers.append((output.data, h_n))
         same(*answers)
 
-    def test_hides_no_tensor_subclass(self, region, device):
+    def test_hides_no_tensor_subclass(self, region, place):
         module, (x, hx) = pair()[0], arguments()
-        with region(device):
+        with region(place):
             results = module(x.detach().as_subclass(Labelled), hx)
         assert all(type(r) is Labelled for r in results)
 
-    def test_hides_no_other_function_mode(self, region, device):
+    def test_hides_no_other_function_mode(self, region, place):
         module, given = pair()[0], arguments()
-        with region(device), Spy() as spy:
+        with region(place), Spy() as spy:
             module(*given)
         assert torch._VF.rnn_tanh in spy.seen or torch.rnn_tanh in spy.seen
 

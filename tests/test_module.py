@@ -17,8 +17,8 @@ import weakref
 import numpy
 import pytest
 import torch
+from pairs import tensor
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import functional
@@ -59,13 +59,13 @@ def pair(*sizes, **options):
     return modules
 
 
-def tensor(value):
-    return value.data if isinstance(value, PackedSequence) else value
-
-
 def loss(output, h_n):
     """A scalar in which every element of both results has its own weight."""
-    weigh = lambda t: (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum()  # noqa: E731
+
+    def weigh(t):
+        weights = torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device)
+        return (t * weights.view(t.shape)).sum()
+
     return weigh(tensor(output)) + weigh(h_n)
 
 
@@ -139,8 +139,8 @@ def test_same_seed_gives_same_weights_and_leaves_same_generator_state(options):
 
 
 @every_option
-def test_state_dict_loads_strictly_both_ways(options):
-    ours, theirs = (cls(*SIZES, **options) for cls in (fastrnn.RNN, torch.nn.RNN))
+def test_state_dict_loads_strictly_both_ways(options, device):
+    ours, theirs = (cls(*SIZES, **options).to(device) for cls in (fastrnn.RNN, torch.nn.RNN))
     assert ours.state_dict()._metadata == theirs.state_dict()._metadata
     for source, target in ((ours, theirs), (theirs, ours)):
         source.reset_parameters()
@@ -197,16 +197,18 @@ COPIES = {
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
-def test_copy_computes_the_same_and_has_weights_of_its_own(duplicate):
-    module, _ = pair(num_layers=2, bidirectional=True)
-    expected = run(module, sequence())
+def test_copy_computes_the_same_and_has_weights_of_its_own(duplicate, device):
+    module, x = pair(num_layers=2, bidirectional=True)[0].to(device), sequence().to(device)
+    expected = run(module, x)
     clone = duplicate(module)
     assert repr(clone) == repr(module)
-    close(run(clone, sequence()), expected)
+    assert all(p.device == x.device for p in clone.parameters())
+    found = run(clone, x)
+    assert all(torch.equal(found[name], right) for name, right in expected.items())
     with torch.no_grad():
         clone.weight_hh_l1.mul_(2)
-    assert not torch.equal(clone(sequence())[0], expected["output"])
-    assert torch.equal(module(sequence())[0], expected["output"])
+    assert not torch.equal(clone(x)[0], expected["output"])
+    assert torch.equal(module(x)[0], expected["output"])
 
 
 def test_state_pickled_before_proj_size_existed_still_loads():
@@ -240,13 +242,15 @@ def test_shared_memory_weights_are_the_ones_used():
 
 
 @pytest.mark.parametrize("move", ["double", "float", "bfloat16", "half"])
-def test_module_moved_to_another_dtype_is_as_accurate_as_nn_rnn(move):
+def test_module_moved_to_another_dtype_is_as_accurate_as_nn_rnn(move, device):
     ours, theirs = pair(16, 32, num_layers=2)
     x = sequence(6, 5, 16)
     exact = run(copy.deepcopy(theirs), x)
-    values = [run(getattr(m, move)(), getattr(x, move)()) for m in (ours, theirs)]
+    values = [
+        run(getattr(m.to(device), move)(), getattr(x.to(device), move)()) for m in (ours, theirs)
+    ]
     for name, reference in exact.items():
-        our_error, their_error = ((v[name].double() - reference).norm() for v in values)
+        our_error, their_error = ((v[name].double().cpu() - reference).norm() for v in values)
         assert values[0][name].dtype == values[1][name].dtype
         assert our_error <= 1.5 * their_error + 1e-13 * reference.norm(), name
 
@@ -431,9 +435,11 @@ def test_only_what_cudnn_will_compute_is_moved_into_one_buffer(
     assert calls == [module] * flattened
 
 
-def test_flatten_parameters_changes_nothing():
-    module, _ = pair(num_layers=2)
-    before, parameters = run(module, sequence()), list(module.parameters())
+def test_flatten_parameters_changes_nothing(device):
+    module, x = pair(num_layers=2)[0].to(device), sequence().to(device)
+    before, parameters = run(module, x), list(module.parameters())
+    addresses = [p.data_ptr() for p in parameters]
     assert module.flatten_parameters() is None
     assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
-    close(run(module, sequence()), before)
+    assert [p.data_ptr() for p in parameters] == addresses
+    close(run(module, x), before)

@@ -52,6 +52,7 @@ def test_after_a_long_wait_the_caller_goes_on_alone(region, needs):
     assert region() == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("needs", [False, True], ids=["at the end", "inside its turn"])
 def test_a_short_wait_changes_nothing(library, region, needs):
     for _ in range(50):
@@ -64,6 +65,7 @@ def test_a_short_wait_changes_nothing(library, region, needs):
     pytest.skip("this machine is too busy for a short wait")
 
 
+@pytest.mark.full
 def test_credit_comes_back_with_time(library, region):
     library.set_credit(-10_000_000)
     assert region() == 1
@@ -81,6 +83,7 @@ def test_after_a_rest_threads_are_woken_for_a_large_call(library, region):
     assert region() == 2
 
 
+@pytest.mark.full
 def test_they_are_woken_once_the_caller_has_been_busy_for_a_while(library, region):
     def threads_of_two_calls():
         library.rest(0)

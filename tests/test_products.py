@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, threads
+from cross import crossed
 
 import fastrnn
 from fastrnn import _C, testing
@@ -33,9 +34,8 @@ CASES = [
 
 @by_our_kernels
 @pytest.mark.parametrize(
-    ("count", "dtype"), [(1, torch.float64), (2, torch.float32), (8, torch.float32)]
+    "case, dtype, count", crossed(CASES, [torch.float64, torch.float32], [2, 3, 1, 8])
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_of_large_layers_are_right(case, dtype, count):
     with threads(count):
         assert all(plan["weight_grads"] == "panels" for plan in layer_plans(case, dtype))
@@ -55,9 +55,9 @@ CONVERTED = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", CONVERTED, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count", crossed(CONVERTED, [torch.bfloat16, torch.float16], [2, 1, 3])
+)
 def test_large_layers_of_sixteen_bits_are_right(case, dtype, count):
     with threads(count):
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
@@ -84,9 +84,9 @@ INPUTS = [
 
 
 @by_our_kernels
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("case", INPUTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count", crossed(INPUTS, [torch.float32, torch.bfloat16], [2, 1, 3])
+)
 def test_the_inputs_product_is_right(case, dtype, count):
     plan = layer_plans(case, torch.float32)[0]
     assert plan["input"] == "panels"

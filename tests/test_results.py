@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of fastrnn.RNN gives: hooks, dropout's draws, memory, layout, requires_grad.
 
-Each expectation is read off torch.nn.RNN when the test runs.
+Each expectation is read off torch.nn.RNN on the same device when the test runs.
 """
 
 import ctypes
-import functools
 import mmap
 
 import pytest
 import torch
-from test_module import close, drawn, loss, pair, run, sequence, tensor
+from pairs import tensor
+from test_module import close, drawn, loss, pair, run, sequence
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from fastrnn.functional import takes_fused_path
 
 FORMS = {
     "for a batch": {},
@@ -26,15 +28,18 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-def pair_of_form(form, **options):
+def pair_of_form(form, device="cpu", **options):
     """A pair and a function that makes new equal arguments (leaves) for it."""
     form = dict(form)
     packed, batched = form.pop("packed", False), form.pop("batched", True)
-    modules = pair(**form, **options)
+    modules = [module.to(device) for module in pair(**form, **options)]
 
     def arguments(T=5, B=2):
         generator = torch.Generator().manual_seed(1)
-        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+
+        def draw(*shape):
+            return torch.randn(shape, dtype=torch.float64, generator=generator).to(device)
+
         states = modules[1].num_layers * (1 + modules[1].bidirectional)
         hx = (draw(states, B, 4) if batched else draw(states, 4)).requires_grad_()
         if packed:
@@ -99,8 +104,8 @@ def test_dropout_makes_the_draws_of_nn_rnn_and_no_others(form, p, training):
 @every_form
 @pytest.mark.parametrize("T, B", [(1, 1), (5, 2)], ids=["one step of one sequence", "five steps"])
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "under no_grad"])
-def test_results_share_memory_with_nothing(form, T, B, recorded):
-    (module, _), arguments = pair_of_form(form)
+def test_results_share_memory_with_nothing(form, T, B, recorded, device):
+    (module, _), arguments = pair_of_form(form, device)
     x, hx = arguments(T, B)
     with torch.set_grad_enabled(recorded):
         output, h_n = module(x, hx)
@@ -110,8 +115,8 @@ def test_results_share_memory_with_nothing(form, T, B, recorded):
 
 @every_form
 @pytest.mark.parametrize("which", [0, 1], ids=["output edited", "h_n edited"])
-def test_result_may_be_edited_in_place_before_backward(form, which):
-    modules, arguments = pair_of_form(form, num_layers=2)
+def test_result_may_be_edited_in_place_before_backward(form, which, device):
+    modules, arguments = pair_of_form(form, device, num_layers=2)
     gradients = []
     for module in modules:
         x, hx = arguments()
@@ -184,13 +189,48 @@ def test_bias_edited_before_backward_is_refused_since_the_second_derivative_read
 
 @every_form
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "under no_grad"])
-def test_results_have_the_strides_of_nn_rnns_results(form, recorded):
-    modules, arguments = pair_of_form(form, num_layers=2)
+def test_results_have_the_layout_of_nn_rnns_results(form, recorded, device):
+    modules, arguments = pair_of_form(form, device, num_layers=2)
     with torch.set_grad_enabled(recorded):
-        results = [module(*arguments()) for module in modules]
-    ours, theirs = ([tensor(t).stride() for t in result] for result in results)
+        results = [[tensor(t) for t in module(*arguments())] for module in modules]
+    ours, theirs = (
+        [(t.shape, t.stride(), t.device, t.requires_grad) for t in result] for result in results
+    )
     assert ours == theirs
     assert results[0][1].is_contiguous()
+
+
+@every_form
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_results_without_gradients_have_the_same_bits(form, mode, device):
+    (module, _), arguments = pair_of_form(form, device, num_layers=2)
+    expected = module(*arguments())
+    with mode():
+        results = module(*arguments())
+    for result, right in zip(map(tensor, results), map(tensor, expected), strict=True):
+        assert not result.requires_grad
+        assert result.is_inference() == (mode is torch.inference_mode)
+        assert torch.equal(result, right)
+
+
+def test_packed_results_carry_the_layout_of_the_input(device):
+    (module, _), arguments = pair_of_form({"packed": True}, device)
+    x, _ = arguments()
+    output, _ = module(x)
+    assert output.batch_sizes.device.type == "cpu"
+    for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        assert torch.equal(getattr(output, name), getattr(x, name))
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_path_takes_it(form, dtype, device):
+    (module, _), arguments = pair_of_form(form, device)
+    weights = list(module.to(dtype).parameters())
+    x, hx = (tensor(t).detach().to(dtype) for t in arguments())
+    assert takes_fused_path(x, weights, hx) and takes_fused_path(x, weights, None)
+    with torch.inference_mode():
+        assert takes_fused_path(x, weights, hx)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, outputs, threads
+from cross import crossed
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
@@ -78,9 +79,10 @@ def test_blocks_of_rows_are_not_too_small():
         assert blocks(100, 64, 64, 128) == 32
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", BY_ROWS, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count",
+    crossed(BY_ROWS, [torch.float32, torch.bfloat16, torch.float16], [2, 3]),
+)
 def test_results_and_gradients_by_rows_are_right(case, dtype, count):
     with threads(count):
         converts = layer_plans(case, dtype)[0]["converts"]
@@ -89,9 +91,9 @@ def test_results_and_gradients_by_rows_are_right(case, dtype, count):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", BESIDE, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count", crossed(BESIDE, [torch.float32, torch.bfloat16], [2, 3, 8])
+)
 def test_results_and_gradients_beside_a_walk_are_right(case, dtype, count):
     with threads(count):
         plan = layer_plans(case, dtype)[0]

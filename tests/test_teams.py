@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_nn_rnn, layer_plans, outputs, threads
+from cross import crossed
 from run import busy_processes
 
 import fastrnn
@@ -58,9 +59,10 @@ def test_a_batch_too_small_to_split_is_shared_by_columns():
         assert team_of(Case(100, 1, 3, 250), torch.float32) == 3  # 64 columns each
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case, dtype, count",
+    crossed(CASES, [torch.float32, torch.bfloat16], [2, 8, 3]),
+)
 def test_results_and_gradients_of_a_team_are_right(case, dtype, count):
     with threads(count):
         if count == 8:
@@ -101,6 +103,7 @@ SHARED = [
 ]
 
 
+@pytest.mark.full  # it keeps all cores busy
 @pytest.mark.parametrize(
     ("case", "times", "is_shared"), SHARED, ids=[str(case) for case, *_ in SHARED]
 )

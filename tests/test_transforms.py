@@ -130,11 +130,11 @@ class TestCompile:
         assert all(r.dtype == torch.bfloat16 for r in results)
         assert all(map(torch.equal, results, expected))
 
-    @pytest.mark.parametrize("device", ["cpu", "meta"])
-    def test_under_a_default_device(self, device):
+    @pytest.mark.parametrize("place", ["cpu", "meta"])
+    def test_under_a_default_device(self, place):
         model, given = tagger(), arguments()
         counter = CompileCounterWithBackend("aot_eager")
-        with torch.device(device):
+        with torch.device(place):
             results = torch.compile(model, backend=counter, fullgraph=True)(*given)
         same(results, model(*given))
         targets = [str(node.target) for g in counter.graphs for node in g.graph.nodes]
