@@ -53,8 +53,8 @@ def best():
 #: The tests of kernels. Not those of the grid's plans; and not float16, which the same kernels
 #: compute in float32.
 KERNELS = [
-    "test_operators.py", "test_activations.py", "test_few_rows.py", "test_stacks.py",
-    "test_batch_parts.py", "test_products.py::test_large_layers_of_sixteen_bits_are_right",
+    "test_operators.py", "test_activations.py", "test_few_rows.py", "test_sharing.py",
+    "test_products.py::test_large_layers_of_sixteen_bits_are_right",
     "test_results.py::test_nothing_beyond_the_end_of_a_row_is_read_or_written",
     "-k", "(float64 or float32 or bfloat16) and not grid",
 ]  # fmt: skip
@@ -77,7 +77,7 @@ def test_results_and_gradients_are_right_with_every_capability(capability, best,
 def test_the_grid_takes_every_way_of_the_kernels_for_any_processor():
     process = run_python(
         RUN_TESTS, "default", "-p", "no:cacheprovider",
-        "test_operators.py::test_the_grid_takes_every_yes_or_no_of_the_plan_both_ways",
+        "test_operators.py::test_the_grid_takes_every_way_of_the_plan",
         ATEN_CPU_CAPABILITY="default",
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr

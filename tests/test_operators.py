@@ -29,12 +29,19 @@ from fastrnn import _C, reference, testing
 GRID = [*testing.grid(), testing.Case(300, 1, 40, 100, hx=True)]
 DTYPES = [F64 := torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # ATen's product in each step is for the kernels for any processor (test_capabilities.py runs this
-# test with them) and for AMX; products over many rows are by all other kernels.
-ONE_WAY = (
-    ["own_products", "multiplies_first"]
-    if _C.cpu_capability() == "default"
-    else ["step_products", "backward_step_products"]
-)
+# test with them) and for AMX.
+EACH_STEP = {"panels", "as_is"} | ({"aten"} if _C.cpu_capability() == "default" else set())
+WAYS = {
+    "input": {"in_step", "panels", "as_is", "aten"},
+    "state": EACH_STEP,
+    "delta": EACH_STEP,
+    "weight_grads": {"panels", "aten"},
+    "input_grad": {"panels", "aten"},
+    "sharing": {"by_rows", "by_slabs", "beside"},
+    "converts": {False, True},
+    "row_blocks": {1, 2},
+    "column_blocks": {1, 2},
+}
 
 
 def always():
@@ -133,29 +140,21 @@ def plans_of(packed, dtypes=DTYPES):
     ]
 
 
-def test_the_grid_takes_every_yes_or_no_of_the_plan_both_ways(two_threads):
-    taken = [plan for _, plan in plans_of(packed=False)]
-    for name in [name for name, value in taken[0].items() if isinstance(value, bool)]:
-        assert name in ONE_WAY or {plan[name] for plan in taken} == {False, True}, name
-
-
-def test_the_grid_splits_a_batch_into_blocks_and_leaves_one_whole(two_threads):
-    assert {plan["row_blocks"] for _, plan in plans_of(packed=False)} == {1, 2}
+@pytest.mark.parametrize("name", WAYS)
+def test_the_grid_takes_every_way_of_the_plan(name, two_threads):
+    assert {plan[name] for _, plan in plans_of(packed=False)} >= WAYS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_grid_runs_backward_in_one_chunk_in_two_and_with_a_middle_one(packed, dtype):
-    chunks = {min(3, -(-T // plan["backward_steps"])) for T, plan in plans_of(packed, [dtype])}
+    chunks = {min(3, -(-T // plan["chunk_steps"])) for T, plan in plans_of(packed, [dtype])}
     assert chunks == {1, 2, 3}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_grid_has_middle_chunks_with_gradients_by_the_kernel_and_by_aten(packed):
-    # float32 has them by ATen too, with the kernels for any processor (test_capabilities.py).
-    taken = plans_of(packed, [torch.float32, torch.float16])
-    several = [plan for T, plan in taken if 2 * plan["backward_steps"] < T]
-    assert {plan["own_gradients"] for plan in several} == {False, True}
+def test_the_grid_has_middle_chunks_with_gradients_by_the_kernel_and_by_aten():
+    several = [plan for T, plan in plans_of(packed=False) if 2 * plan["chunk_steps"] < T]
+    assert {plan["weight_grads"] for plan in several} == {"panels", "aten"}
 
 
 def test_the_grid_converts_sixteen_bits_in_parts():
