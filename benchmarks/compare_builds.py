@@ -44,8 +44,6 @@ MEAN, CASE, STACK, MEMORY = 0.98, 0.90, 0.80, 1.05
 SECONDS, QUICK_SECONDS, MIN_ROUNDS, QUICK_ROUNDS = 4.0, 0.4, 3, 1
 #: So many new pairs of processes decide where a case seems slower.
 AGAIN = 3
-#: Peaks of memory that are measured, and how many more if the new build's seem higher.
-PEAKS = (3, 6)
 #: Seconds of a burst, and its calls at least; a call of more than `LONG` seconds is a burst alone.
 BURST, MIN_CALLS, LONG = 0.025, 3, 0.3
 #: Rows of the table of worst cases.
@@ -90,11 +88,11 @@ class Runner:
         with torch.inference_mode(self._mode == "inference"):
             return timing.burst(self._step, calls, self._warm_up)
 
-    def peak(self, case: BenchmarkCase, threads: int) -> int:
+    def peak(self, case: BenchmarkCase) -> int:
         """Peak memory of a call in training, in bytes."""
         self._step = None
         gc.collect()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         return timing.peak(case, "fastrnn", "training")
 
 
@@ -225,7 +223,7 @@ def sweep(
         if entry["gate"] is not None or args.no_memory:
             continue
         try:
-            entry |= memory_of(case, args.threads[-1], workers)
+            entry |= memory_of(case, workers)
         except (TimeoutError, ChildProcessError) as error:
             entry["gate"] = described(error)
 
@@ -315,22 +313,13 @@ def summary(times: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def memory_of(case: BenchmarkCase, threads: int, workers: dict[str, Any]) -> dict[str, Any]:
-    """The peaks of both builds in training, medians, and their ratio.
+def memory_of(case: BenchmarkCase, workers: dict[str, Any]) -> dict[str, Any]:
+    """The peaks of both builds in training, and their ratio.
 
-    Where layers run side by side, a peak depends on which thread comes late. So several are
-    measured, and more of them if the new build seems to need more.
+    With one thread: the profiler sees what the calling thread allocates, and no other.
     """
-    peaks: dict[str, list[int]] = {build: [] for build in workers}
-    for count in PEAKS:
-        for _ in range(count):
-            for build, worker in workers.items():
-                peaks[build].append(worker.ask("peak", case, threads))
-        middle = {build: round(statistics.median(each)) for build, each in peaks.items()}
-        ratio = middle["new"] / middle["old"]
-        if ratio <= MEMORY:
-            break
-    return {"peak_bytes": middle, "memory": round(ratio, 3)}
+    peaks = {build: worker.ask("peak", case) for build, worker in workers.items()}
+    return {"peak_bytes": peaks, "memory": round(peaks["new"] / peaks["old"], 3)}
 
 
 def allowed(case: BenchmarkCase) -> float:

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "products.h"
@@ -25,7 +26,8 @@ struct Chunk {
   Tensor x;         // [.., I], where the kernels make W_ih's gradient of it
   Tensor y;         // [.., H], with the step whose state enters the chunk
   Tensor grad_y;    // [.., H], undefined, or delta itself
-  Tensor delta;     // [.., H]
+  Tensor delta;     // a workspace of [.., H]: DeltaWalk::rows_of
+  bool from_above;  // grad_y is a workspace, too
 };
 
 /// One direction of a layer, and what passes from chunk to chunk. T: the type computed in.
@@ -35,6 +37,9 @@ struct DeltaWalk {
   const Layer& layer;
   const Plan& plan;
   int64_t d;
+  // Of blocks of rows that lie together in a workspace, all steps of each, since what threads write
+  // side by side slows both; or of all rows.
+  const std::vector<int64_t>& bounds;
   Tensor grad_h_n;     // [B, H] in T, or undefined
   Tensor delta_first;  // [B, H] in T: delta of each row's first step in forward; or undefined
   Tensor carry = {};   // [rows, H] in T: delta of the last step walked
@@ -50,6 +55,18 @@ struct DeltaWalk {
       return at::empty({layout.position(range.end) - layout.position(range.begin), hidden_size()},
                        options);
     return at::empty({range.end - range.begin, layout.B, hidden_size()}, options);
+  }
+
+  /// Where the rows of a block lie in a workspace of the steps `range`.
+  Sequence<T> rows_of(const Tensor& workspace, Range range, int64_t block) const {
+    Sequence<T> s = sequence_of<T>(layout, workspace, range.begin, 0);
+    if (bounds.size() == 2) return s;
+    const int64_t first = bounds[block], steps = range.end - range.begin;
+    s.row_stride = hidden_size();
+    s.step_stride = (bounds[block + 1] - first) * s.row_stride;
+    s.data = mutable_data_of<T>(workspace) + (steps - 1) * first * s.row_stride -
+             range.begin * s.step_stride;
+    return s;
   }
 
   /// This direction's columns of some steps of a [.., D * H] tensor.
@@ -68,24 +85,31 @@ struct DeltaWalk {
     return c;
   }
 
-  /// Rows [first, first + count) of a chunk's delta at step t.
-  Tensor rows_at(const Chunk& c, int64_t t, int64_t first, int64_t count) const {
-    const int64_t start = layout.position(t) - layout.position(c.range.begin) + first;
-    return c.delta.view({-1, hidden_size()}).narrow(0, start, count);
+  /// Rows [first, first + count) of a chunk's delta at step t, copied to those of a [B, H] tensor.
+  void copy_rows(const Chunk& c, int64_t t, int64_t first, int64_t count, const Tensor& to) const {
+    const int64_t row_bytes = hidden_size() * static_cast<int64_t>(sizeof(T));
+    for (size_t block = 0; block + 1 < bounds.size(); ++block) {
+      const int64_t begin = std::max(first, bounds[block]);
+      const int64_t end = std::min(first + count, bounds[block + 1]);
+      if (begin >= end) continue;
+      std::memcpy(mutable_data_of<T>(to) + begin * hidden_size(),
+                  rows_of(c.delta, c.range, block).row(t, begin), (end - begin) * row_bytes);
+    }
   }
 
-  /// The kernel's arguments, but for W_hh.
-  BackwardArgs<T> args(const Chunk& c) const {
+  /// The kernel's arguments for a block of rows, but for W_hh.
+  BackwardArgs<T> args(const Chunk& c, int64_t block) const {
     BackwardArgs<T> a;
     a.steps = steps_of(layout, c.range.begin, c.range.end, /*descending=*/!reverse(),
                        carry.defined() ? carry.size(0) : 0);
     a.H = hidden_size();
     a.activation = layer.activation;
-    a.grad_y = sequence_of<const T>(layout, c.grad_y, c.range.begin, 0);
+    a.grad_y = c.from_above ? read_only(rows_of(c.grad_y, c.range, block))
+                            : sequence_of<const T>(layout, c.grad_y, c.range.begin, 0);
     a.grad_h_n = matrix_of<T>(grad_h_n);
     a.carry = matrix_of<T>(carry);
     a.y = sequence_of<const T>(layout, c.y, c.y_begin, 0);
-    a.delta = sequence_of<T>(layout, c.delta, c.range.begin, 0);
+    a.delta = rows_of(c.delta, c.range, block);
     return a;
   }
 
@@ -93,17 +117,19 @@ struct DeltaWalk {
   void keep_states(const Chunk& c) {
     const int64_t last = reverse() ? c.range.end - 1 : c.range.begin;
     const bool ends = last == (reverse() ? layout.T - 1 : 0);
-    carry = ends ? Tensor() : converted(rows_at(c, last, 0, layout.rows(last)), kScalarType<T>);
+    carry = Tensor();
+    if (!ends) {
+      carry = at::empty({layout.rows(last), hidden_size()}, c.delta.options());
+      copy_rows(c, last, 0, layout.rows(last), carry);
+    }
     if (!delta_first.defined()) return;
     if (!reverse()) {
-      if (ends) copy_into(rows_at(c, 0, 0, layout.B), delta_first);
+      if (ends) copy_rows(c, 0, 0, layout.B, delta_first);
       return;
     }
     for (int64_t t = c.range.begin; t < c.range.end; ++t) {  // rows that begin here in forward
       const int64_t ongoing = t + 1 < layout.T ? layout.rows(t + 1) : 0;
-      const int64_t count = layout.rows(t) - ongoing;
-      if (count > 0)
-        copy_into(rows_at(c, t, ongoing, count), delta_first.narrow(0, ongoing, count));
+      copy_rows(c, t, ongoing, layout.rows(t) - ongoing, delta_first);
     }
   }
 };
@@ -143,7 +169,8 @@ void walk_by_steps(DeltaWalk<T>& walk, const Chunk& c) {
     step.y = narrow_steps(layout, c.y, step.range, c.y_begin);
     step.delta = narrow_steps(layout, c.delta, step.range, c.range.begin);
     if (c.grad_y.defined()) step.grad_y = narrow_steps(layout, c.grad_y, step.range, c.range.begin);
-    BackwardArgs<T> a = walk.args(step);
+    step.from_above = false;  // one block
+    BackwardArgs<T> a = walk.args(step, 0);
     if (next.defined()) {
       multiply(next, walk.cell().w_hh, step.delta[0]);
       a.grad_h_n = step.grad_y.defined() ? matrix_of<T>(step.grad_y[0]) : Matrix<const T>{};

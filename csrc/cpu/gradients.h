@@ -31,32 +31,33 @@ template <typename T>
 class WeightGradients {
  public:
   WeightGradients(const DeltaWalk<T>& walk, const std::array<bool, 4>& wanted)
-      : layout_(walk.layout), layer_(walk.layer), plan_(walk.plan), d_(walk.d), wanted_(wanted) {
-    if (layer_.hx.defined()) hx_ = readable(layer_.hx[d_], kScalarType<T>);
-    const int64_t H = layer_.hidden_size(), I = layer_.input.size(-1);
-    const auto options = layer_.input.options().dtype(
-        plan_.weight_grads == Maker::kAten ? kScalarType<T> : kScalarType<Sum<T>>);
-    sums_.resize(plan_.sharing == Sharing::kByRows ? plan_.row_blocks : 1);
-    for (GradientSums<T>& sums : sums_) {
-      if (wanted[0]) sums.w_ih = at::empty({H, I}, options);
-      if (wanted[1]) sums.w_hh = at::empty({H, H}, options);
-      if (wanted[2] || wanted[3]) sums.b.resize(2 * H);
-    }
+      : walk_(walk), wanted_(wanted) {
+    const Layer& layer = walk.layer;
+    if (layer.hx.defined()) hx_ = readable(layer.hx[walk.d], kScalarType<T>);
+    sums_.resize(walk.plan.sharing == Sharing::kByRows ? walk.plan.row_blocks : 1);
   }
 
   bool are_wanted() const { return wanted_[0] || wanted_[1] || wanted_[2] || wanted_[3]; }
 
   /// The input's steps as the kernels read them; undefined if they do not.
   Tensor input_of(Range range) const {
-    if (!wanted_[0] || plan_.weight_grads == Maker::kAten) return Tensor();
-    return readable(narrow_steps(layout_, layer_.input, range), kScalarType<T>);
+    if (!wanted_[0] || by_aten()) return Tensor();
+    return readable(narrow_steps(walk_.layout, walk_.layer.input, range), kScalarType<T>);
   }
 
-  /// Rows that the kernel packs for each of `shares` threads that add at the same time, bfloat16
-  /// only. At most `most`, else an eighth of delta's memory in all, if that is enough.
-  void make_workspace(const Chunk& c, int64_t shares, int64_t most) {
+  /// Allocates the sums, and rows that the kernel packs for each of `shares` threads that add at
+  /// the same time, bfloat16 only: at most `most`, else an eighth of delta's memory in all, if that
+  /// is enough.
+  void allocate(const Chunk& c, int64_t shares, int64_t most) {
+    const int64_t H = walk_.hidden_size(), I = walk_.layer.input.size(-1);
+    const auto options = c.delta.options().dtype(by_aten() ? kScalarType<T> : kScalarType<Sum<T>>);
+    for (GradientSums<T>& sums : sums_) {
+      if (wanted_[0] && !sums.w_ih.defined()) sums.w_ih = at::empty({H, I}, options);
+      if (wanted_[1] && !sums.w_hh.defined()) sums.w_hh = at::empty({H, H}, options);
+      if (wanted_[2] || wanted_[3]) sums.b.resize(2 * H);
+    }
     const int64_t columns = kernels<T>().packed_columns;
-    if (columns == 0 || plan_.weight_grads == Maker::kAten) return;
+    if (columns == 0 || by_aten()) return;
     constexpr int64_t kLeastRows = 128;
     const int64_t rows =
         std::clamp(c.delta.numel() / 8 / (shares * columns), kLeastRows, kernels<T>().packed_rows);
@@ -69,26 +70,25 @@ class WeightGradients {
   void add(const Chunk& c, Range range, Range rows, int64_t i, int64_t part, int64_t parts,
            int64_t share, bool is_first) {
     GradientSums<T>& sums = sums_[i];
-    const bool by_kernel = plan_.weight_grads != Maker::kAten;
-    if (!by_kernel && sums.b.empty()) return;
+    if (by_aten() && sums.b.empty()) return;
     WeightGradientArgs<T> a;
-    const int64_t before = d_ == 1 ? range.end : range.begin - 1;
-    const bool starts = before < 0 || before >= layout_.T;
-    a.steps = steps_of(layout_, range.begin, range.end, /*descending=*/d_ == 1,
-                       starts ? 0 : layout_.rows(before));
+    const int64_t before = walk_.d == 1 ? range.end : range.begin - 1;
+    const bool starts = before < 0 || before >= walk_.layout.T;
+    a.steps = steps_of(walk_.layout, range.begin, range.end, /*descending=*/walk_.d == 1,
+                       starts ? 0 : walk_.layout.rows(before));
     a.row_begin = rows.begin;
     a.row_end = rows.end;
     a.part = part;
     a.parts = parts;
-    a.I = layer_.input.size(-1);
-    a.H = layer_.hidden_size();
-    a.x = sequence_of<const T>(layout_, c.x, c.range.begin, 0);
-    a.y = sequence_of<const T>(layout_, c.y, c.y_begin, 0);
+    a.I = walk_.layer.input.size(-1);
+    a.H = walk_.hidden_size();
+    a.x = sequence_of<const T>(walk_.layout, c.x, c.range.begin, 0);
+    a.y = sequence_of<const T>(walk_.layout, c.y, c.y_begin, 0);
     a.hx = matrix_of<T>(hx_);
-    a.delta = sequence_of<const T>(layout_, c.delta, c.range.begin, 0);
+    a.delta = read_only(walk_.rows_of(c.delta, c.range, i));
     a.overwrites = is_first;
-    if (by_kernel && wanted_[0]) a.grad_w_ih = mutable_data_of<Sum<T>>(sums.w_ih);
-    if (by_kernel && wanted_[1]) a.grad_w_hh = mutable_data_of<Sum<T>>(sums.w_hh);
+    if (!by_aten() && wanted_[0]) a.grad_w_ih = mutable_data_of<Sum<T>>(sums.w_ih);
+    if (!by_aten() && wanted_[1]) a.grad_w_hh = mutable_data_of<Sum<T>>(sums.w_hh);
     if (!sums.b.empty()) a.grad_b = sums.b.data();
     if (workspace_.defined()) {
       a.packed_rows = workspace_.size(1);
@@ -104,16 +104,18 @@ class WeightGradients {
     sums_[block].is_empty = false;
   }
 
-  /// All rows of a chunk, after the walk: the threads share the columns.
-  void add_slabs(const Chunk& c) {
+  /// All rows of a chunk, after the walk: the threads share the columns. x is made here, so that it
+  /// is not in memory beside grad_y.
+  void add_slabs(Chunk& c) {
     if (!are_wanted()) return;
-    const int64_t slabs = plan_.threads;
-    make_workspace(c, slabs, c.delta.numel() / layer_.hidden_size());
+    c.x = input_of(c.range);
+    const int64_t slabs = walk_.plan.threads;
+    allocate(c, slabs, c.delta.numel() / walk_.hidden_size());
     share(slabs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slab = begin; slab < end; ++slab)
-        add(c, c.range, {0, layout_.B}, 0, slab, slabs, slab, sums_[0].is_empty);
+        add(c, c.range, {0, walk_.layout.B}, 0, slab, slabs, slab, sums_[0].is_empty);
     });
-    if (plan_.weight_grads == Maker::kAten) multiply_chunk(c);
+    if (by_aten()) multiply_chunk(c);
     sums_[0].is_empty = false;
   }
 
@@ -148,13 +150,13 @@ class WeightGradients {
   }
 
   Tensor in_type_of_weights(const Tensor& t) const {
-    const at::ScalarType type = layer_.input.scalar_type();
+    const at::ScalarType type = walk_.layer.input.scalar_type();
     return t.scalar_type() == type ? t : converted(t, type);
   }
 
   Tensor bias_gradient() const {
     const Tensor sum =
-        at::empty({layer_.hidden_size()}, layer_.input.options().dtype(kScalarType<Sum<T>>));
+        at::empty({walk_.hidden_size()}, walk_.layer.input.options().dtype(kScalarType<Sum<T>>));
     std::memcpy(sum.mutable_data_ptr(), sums_[0].b.data(), sum.nbytes());
     return in_type_of_weights(sum);
   }
@@ -163,30 +165,30 @@ class WeightGradients {
   void multiply_chunk(const Chunk& c) {
     bool adds = !sums_[0].is_empty;
     if (wanted_[0])
-      multiply(as_rows(c.delta).t(), as_rows(narrow_steps(layout_, layer_.input, c.range)),
-               sums_[0].w_ih, adds);
+      multiply(as_rows(c.delta).t(),
+               as_rows(narrow_steps(walk_.layout, walk_.layer.input, c.range)), sums_[0].w_ih,
+               adds);
     if (!wanted_[1]) return;
     const auto multiply_states = [&](Range range, const Tensor& previous) {
-      const Tensor delta = as_rows(narrow_steps(layout_, c.delta, range, c.range.begin));
+      const Tensor delta = as_rows(narrow_steps(walk_.layout, c.delta, range, c.range.begin));
       multiply(delta.t(), previous, sums_[0].w_hh, adds);
       adds = true;
     };
-    const int64_t first = d_ == 1 ? layout_.T - 1 : 0, before = d_ == 1 ? 1 : -1;
+    const int64_t first = walk_.d == 1 ? walk_.layout.T - 1 : 0, before = walk_.d == 1 ? 1 : -1;
     const bool has_first = c.range.begin <= first && first < c.range.end;
     Range rest = c.range;  // steps whose previous state is an output
-    if (has_first) (d_ == 1 ? --rest.end : ++rest.begin);
+    if (has_first) (walk_.d == 1 ? --rest.end : ++rest.begin);
     if (rest.begin < rest.end)
       multiply_states(
-          rest,
-          as_rows(narrow_steps(layout_, c.y, {rest.begin + before, rest.end + before}, c.y_begin)));
+          rest, as_rows(narrow_steps(walk_.layout, c.y, {rest.begin + before, rest.end + before},
+                                     c.y_begin)));
     if (has_first && hx_.defined()) multiply_states({first, first + 1}, hx_);
     if (!adds) sums_[0].w_hh.zero_();
   }
 
-  const Layout& layout_;
-  const Layer& layer_;
-  const Plan& plan_;
-  const int64_t d_;
+  bool by_aten() const { return walk_.plan.weight_grads == Maker::kAten; }
+
+  const DeltaWalk<T>& walk_;
   const std::array<bool, 4> wanted_;
   Tensor hx_;                          // [B, H] in T, or undefined
   std::vector<GradientSums<T>> sums_;  // of each block of rows, or of all
@@ -206,9 +208,10 @@ void add_input_gradient(const DeltaWalk<T>& walk, const Chunk& c, const Tensor& 
   const Panels<T> w_ih(walk.cell().w_ih, /*transposed=*/false);
   ProductArgs<T> a = w_ih.product();
   a.accumulate = accumulate && !converts;
-  multiply_steps(layout, c.range, {0, layout.B},
-                 sequence_of<const T>(layout, c.delta, c.range.begin, 0), a,
-                 sequence_of<T>(layout, sum, c.range.begin, 0), walk.plan.threads > 1);
+  for (size_t i = 0; i + 1 < walk.bounds.size(); ++i)
+    multiply_steps(layout, c.range, {walk.bounds[i], walk.bounds[i + 1]},
+                   read_only(walk.rows_of(c.delta, c.range, i)), a,
+                   sequence_of<T>(layout, sum, c.range.begin, 0), walk.plan.threads > 1);
   if (!converts) return;
   if (accumulate)
     run_in_parts(grad_x, sum, [](const Tensor& to, const Tensor& from) { to.add_(from); });

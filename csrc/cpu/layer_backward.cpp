@@ -15,6 +15,17 @@ namespace {
 /// One layer: its plan, its directions, and the gradients wanted of it.
 template <typename T>
 struct LayerBackward {
+  /// Where a chunk of the input's gradient goes: undefined where it is not wanted.
+  struct Target {
+    Tensor tensor;
+    const DeltaWalk<T>* below;  // whose workspace it is; null: the call's
+
+    Sequence<T> rows(const Layout& layout, Range range, int64_t block) const {
+      return below ? below->rows_of(tensor, range, block)
+                   : sequence_of<T>(layout, tensor, range.begin, 0);
+    }
+  };
+
   const Layout& layout;
   const Plan plan;
   std::vector<DeltaWalk<T>> walks = {};
@@ -28,55 +39,54 @@ struct LayerBackward {
   }
 
   /// Each thread walks through rows of its own, and makes the gradients of them while they are in
-  /// its caches. targets: as for `run`; the input's gradient is made here if only one direction
-  /// adds to it.
-  void run_by_rows(std::vector<Chunk>& chunks, std::vector<Tensor>& targets) {
-    std::vector<BackwardArgs<T>> args;
+  /// its caches; the input's only if there is one direction.
+  void run_by_rows(std::vector<Chunk>& chunks, Target& target) {
     const int64_t D = static_cast<int64_t>(walks.size());
+    const Range range = chunks[0].range;
     for (int64_t d = 0; d < D; ++d) {
-      args.push_back(weights[d].add_to(walks[d].args(chunks[d])));
-      gradients[d].make_workspace(chunks[d], plan.row_blocks, chunks[d].delta.numel());
+      gradients[d].allocate(chunks[d], plan.row_blocks, chunks[d].delta.numel());
       chunks[d].x = gradients[d].input_of(chunks[d].range);
     }
-    Panels<T> w_ih;
-    Sequence<T> grad_x;
-    if (D == 1 && targets[0].defined() && targets[0].scalar_type() == kScalarType<T>) {
-      w_ih = {walks[0].cell().w_ih, /*transposed=*/false};
-      grad_x = sequence_of<T>(layout, targets[0], chunks[0].range.begin, 0);
-    }
-    run_walks(layout, plan, args, kernels<T>().backward, [&](int64_t d, int64_t block, Range rows) {
-      gradients[d].add_rows(chunks[d], block, rows, block);
-      if (grad_x.data == nullptr) return;
-      const Sequence<T>& delta = args[0].delta;
-      multiply_steps(layout, chunks[0].range, rows,
-                     {delta.data, delta.step_stride, delta.row_stride, delta.first_row},
-                     w_ih.product(), grad_x, /*parallel=*/false);
-    });
-    if (grad_x.data != nullptr) targets[0] = Tensor();
+    const bool with_input = D == 1 && target.tensor.defined();
+    const Panels<T> w_ih =
+        with_input ? Panels<T>(walks[0].cell().w_ih, /*transposed=*/false) : Panels<T>();
+    run_walks(
+        layout, plan, D, range, kernels<T>().backward,
+        [&](int64_t d, int64_t block) {
+          return weights[d].add_to(walks[d].args(chunks[d], block));
+        },
+        [&](int64_t d, int64_t block, Range rows) {
+          gradients[d].add_rows(chunks[d], block, rows, block);
+          if (with_input)
+            multiply_steps(layout, range, rows,
+                           read_only(walks[0].rows_of(chunks[0].delta, range, block)),
+                           w_ih.product(), target.rows(layout, range, block), /*parallel=*/false);
+        });
+    if (with_input) target.tensor = Tensor();
   }
 
   /// All threads walk, then all make the gradients, of a slab of columns each.
   void run_by_slabs(std::vector<Chunk>& chunks) {
-    const int64_t D = static_cast<int64_t>(walks.size());
-    if (plan.delta == Maker::kAten) {
-      for (int64_t d = 0; d < D; ++d) walk_by_steps(walks[d], chunks[d]);
-    } else {
-      std::vector<BackwardArgs<T>> args;
-      for (int64_t d = 0; d < D; ++d) args.push_back(weights[d].add_to(walks[d].args(chunks[d])));
-      run_walks(layout, plan, args, kernels<T>().backward);
+    const size_t D = walks.size();
+    std::vector<BackwardArgs<T>> args;
+    for (size_t d = 0; d < D; ++d) {
+      if (plan.delta == Maker::kAten)
+        walk_by_steps(walks[d], chunks[d]);
+      else
+        args.push_back(weights[d].add_to(walks[d].args(chunks[d], 0)));
     }
+    if (!args.empty()) run_walks(layout, plan, args, kernels<T>().backward);
     weights.clear();  // not in memory during the products
-    for (int64_t d = 0; d < D; ++d) {
-      chunks[d].grad_y = Tensor();  // a copy of it is not in memory beside one of x
-      chunks[d].x = gradients[d].input_of(chunks[d].range);
+    for (size_t d = 0; d < D; ++d) {
+      chunks[d].grad_y = Tensor();
       gradients[d].add_slabs(chunks[d]);
     }
   }
 
   /// The one walk by one thread, the gradients of the steps behind it by the others.
-  void run_beside(Chunk& c, Tensor& target) {
+  void run_beside(Chunk& c, Target& target) {
     c.x = gradients[0].input_of(c.range);
-    const BackwardArgs<T> all = weights[0].add_to(walks[0].args(c));
+    const BackwardArgs<T> all = weights[0].add_to(walks[0].args(c, 0));
     std::vector<Range> parts = growing_parts(c.range.end - c.range.begin, layout.B);
     for (Range& part : parts) part = {part.begin + c.range.begin, part.end + c.range.begin};
     if (!walks[0].reverse()) std::reverse(parts.begin(), parts.end());
@@ -91,35 +101,28 @@ struct LayerBackward {
       }
       kernels<T>().backward(a);
     };
-    const bool with_input = target.defined() && plan.input_grad == Maker::kPanels;
+    const bool with_input = target.tensor.defined() && plan.input_grad == Maker::kPanels;
     const int64_t slabs = gradients[0].are_wanted() ? 2 * plan.threads : 0;
-    Panels<T> w_ih;
-    Sequence<T> grad_x;
-    if (with_input) {
-      w_ih = {walks[0].cell().w_ih, /*transposed=*/false};
-      grad_x = sequence_of<T>(layout, target, c.range.begin, 0);
-    }
-    if (slabs > 0) gradients[0].make_workspace(c, slabs, c.delta.numel());
+    const Panels<T> w_ih =
+        with_input ? Panels<T>(walks[0].cell().w_ih, /*transposed=*/false) : Panels<T>();
+    if (slabs > 0) gradients[0].allocate(c, slabs, c.delta.numel());
     const auto product = [&](int64_t chain, int64_t i) {
       if (chain < slabs)
         return gradients[0].add(c, parts[i], {0, layout.B}, 0, chain, slabs, chain,
                                 gradients[0].is_empty() && i == 0);
-      multiply_steps(
-          layout, parts[i], {0, layout.B},
-          {all.delta.data, all.delta.step_stride, all.delta.row_stride, all.delta.first_row},
-          w_ih.product(), grad_x, /*parallel=*/false);
+      multiply_steps(layout, parts[i], {0, layout.B}, read_only(all.delta), w_ih.product(),
+                     target.rows(layout, c.range, 0), /*parallel=*/false);
     };
     walk_beside(static_cast<int64_t>(parts.size()), slabs + with_input, /*products_first=*/false,
                 walk, product);
     if (slabs > 0) gradients[0].set_added();
-    if (with_input) target = Tensor();
+    if (with_input) target.tensor = Tensor();
   }
 
-  /// A chunk of every direction. targets: of each, the chunk of the input's gradient, added to
-  /// where there are two; undefined where not wanted.
-  void run(std::vector<Chunk> chunks, std::vector<Tensor> targets) {
+  /// A chunk of every direction. targets: of each; where there are two, they are added to.
+  void run(std::vector<Chunk> chunks, std::vector<Target> targets) {
     if (plan.sharing == Sharing::kByRows)
-      run_by_rows(chunks, targets);
+      run_by_rows(chunks, targets[0]);
     else if (plan.sharing == Sharing::kBeside)
       run_beside(chunks[0], targets[0]);
     else
@@ -127,11 +130,25 @@ struct LayerBackward {
     weights.clear();
     for (size_t d = 0; d < walks.size(); ++d) {
       walks[d].keep_states(chunks[d]);
-      if (targets[d].defined())
-        add_input_gradient(walks[d], chunks[d], targets[d], /*accumulate=*/walks.size() > 1);
+      if (targets[d].tensor.defined())
+        add_input_gradient(walks[d], chunks[d], targets[d].tensor, walks.size() > 1);
     }
   }
 };
+
+/// Of the blocks of rows in the workspaces of a pass: those of threads that have rows of their own
+/// in all layers, else one. Rows of packed data are together as they are.
+template <typename T>
+std::vector<int64_t> workspace_bounds(const Layout& layout,
+                                      const std::vector<LayerBackward<T>>& parts) {
+  const Plan& first = parts[0].plan;
+  bool together = !layout.packed();
+  for (const LayerBackward<T>& part : parts)
+    together = together && part.plan.sharing == Sharing::kByRows &&
+               part.plan.row_blocks == first.row_blocks;
+  return together ? row_bounds(layout, {0, layout.T}, first.row_blocks)
+                  : std::vector<int64_t>{0, layout.B};
+}
 
 /// T: the type computed in.
 template <typename T>
@@ -139,20 +156,24 @@ std::vector<Cell> backward_as(const BackwardPass& pass) {
   const auto& [layout, layers, outputs, grad_output, grad_h_n, wanted] = pass;
   const int64_t count = static_cast<int64_t>(layers.size()), D = layers[0].directions();
   std::vector<LayerBackward<T>> parts;
-  parts.reserve(count);
+  parts.reserve(count);  // walks and gradients refer to them
   int64_t steps = layout.T;
+  for (const Layer& layer : layers) {
+    parts.push_back({layout, plan_layer(layer_shape(layout, layer), available_threads())});
+    steps = std::min(steps, parts.back().plan.chunk_steps);
+  }
+  const std::vector<int64_t> bounds = workspace_bounds(layout, parts);
   for (int64_t l = 0; l < count; ++l) {
-    parts.push_back({layout, plan_layer(layer_shape(layout, layers[l]), available_threads())});
-    LayerBackward<T>& part = parts.back();
-    steps = std::min(steps, part.plan.chunk_steps);
+    LayerBackward<T>& part = parts[l];
+    part.walks.reserve(D);
     for (int64_t d = 0; d < D; ++d) {
+      const auto options = layers[l].input.options().dtype(kScalarType<T>);
       const Tensor grad =
           grad_h_n.defined() ? readable(grad_h_n[l * D + d], kScalarType<T>) : Tensor();
       const Tensor first = wanted[l].hx.defined()
-                               ? at::empty({layout.B, layers[l].hidden_size()},
-                                           layers[l].input.options().dtype(kScalarType<T>))
+                               ? at::empty({layout.B, layers[l].hidden_size()}, options)
                                : Tensor();
-      part.walks.push_back({layout, layers[l], part.plan, d, grad, first});
+      part.walks.push_back({layout, layers[l], part.plan, d, bounds, grad, first});
       part.gradients.emplace_back(part.walks.back(), wanted[l].cells[d]);
     }
   }
@@ -160,22 +181,25 @@ std::vector<Cell> backward_as(const BackwardPass& pass) {
     Tensor from_above;
     for (int64_t l = count - 1; l >= 0; --l) {
       std::vector<Chunk> chunks;
-      std::vector<Tensor> targets;
+      std::vector<typename LayerBackward<T>::Target> targets;
       parts[l].prepare();
       for (int64_t d = 0; d < D; ++d) {
         const DeltaWalk<T>& walk = parts[l].walks[d];
         Chunk& c = chunks.emplace_back(walk.chunk(steps, i, outputs[l]));
+        c.from_above = from_above.defined();
         c.grad_y = from_above;
         if (l == count - 1 && grad_output.defined()) c.grad_y = walk.columns(grad_output, c.range);
-        const bool in_place = from_above.defined() && parts[l].plan.delta != Maker::kAten;
+        const bool in_place = c.from_above && parts[l].plan.delta != Maker::kAten;
         c.delta = in_place ? from_above : walk.make_delta(c.range);
-        targets.push_back(l > 0 ? parts[l - 1].walks[0].make_delta(c.range)
-                          : wanted[0].input.defined()
-                              ? narrow_steps(layout, wanted[0].input, c.range)
-                              : Tensor());
+        if (l > 0)
+          targets.push_back({parts[l - 1].walks[0].make_delta(c.range), &parts[l - 1].walks[0]});
+        else if (wanted[0].input.defined())
+          targets.push_back({narrow_steps(layout, wanted[0].input, c.range), nullptr});
+        else
+          targets.push_back({Tensor(), nullptr});
       }
       parts[l].run(std::move(chunks), targets);
-      from_above = targets[0];
+      from_above = targets[0].tensor;
     }
   }
   std::vector<Cell> results;

@@ -72,8 +72,9 @@ void plan_products(const LayerShape& s, Plan& plan) {
 
   const bool pairs = s.element_size == 2;  // which lie side by side in packed weights only
   const bool aligned = s.H * s.element_size % kLineBytes == 0;
-  const bool as_is = s.total_rows <= kRowsToPack || is_few_rows(s) ||
-                     (aligned && s.H >= kLargeHidden && (s.B <= 2 || s.H <= kHugeHidden));
+  const bool as_is =
+      s.total_rows <= kRowsToPack || is_few_rows(s) ||
+      (aligned && (s.B == 1 ? 2 : 1) * s.H >= kLargeHidden && (s.B <= 2 || s.H <= kHugeHidden));
   plan.delta = step_by_aten                     ? Maker::kAten
                : as_is && !pairs && !s.converts ? Maker::kAsIs
                                                 : Maker::kPanels;

@@ -137,6 +137,11 @@ Sequence<T> sequence_of(const Layout& layout, const Tensor& chunk, int64_t begin
   return s;
 }
 
+template <typename T>
+Sequence<const T> read_only(const Sequence<T>& s) {
+  return {s.data, s.step_stride, s.row_stride, s.first_row};
+}
+
 /// A [B, H] tensor whose columns are adjacent.
 template <typename T>
 Matrix<const T> matrix_of(const Tensor& t) {

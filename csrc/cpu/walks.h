@@ -43,38 +43,42 @@ inline std::vector<int64_t> row_bounds(const Layout& layout, Range range, int64_
   return bounds;
 }
 
-/// Runs a kernel on every block of rows, of all `directions` side by side, each by a thread or by a
-/// team of threads; then, where a block has one thread, after(direction, block, rows).
-template <typename Args, typename After>
-void run_walks(const Layout& layout, const Plan& plan, const std::vector<Args>& directions,
-               void (*kernel)(const Args&), const After& after) {
-  const Steps& steps = directions[0].steps;
-  const std::vector<int64_t> bounds = row_bounds(layout, {steps.begin, steps.end}, plan.row_blocks);
+/// Runs a kernel on every block of rows, of `directions` side by side, each by a thread or by a
+/// team of threads: with make(direction, block), but for the rows and the team. Then, where a block
+/// has one thread, after(direction, block, rows). steps: from which the blocks are cut.
+template <typename Args, typename Make, typename After>
+void run_walks(const Layout& layout, const Plan& plan, int64_t directions, Range steps,
+               void (*kernel)(const Args&), const Make& make, const After& after) {
+  const std::vector<int64_t> bounds = row_bounds(layout, steps, plan.row_blocks);
   const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1, slabs = plan.column_blocks;
-  const int64_t walks = static_cast<int64_t>(directions.size()) * blocks;
+  const int64_t walks = directions * blocks;
   std::vector<Slab> done(slabs > 1 ? walks * slabs : 0);
   // A thread with several slabs of one walk computes all of them in each round.
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end;) {
       const int64_t walk = place / slabs, last = std::min(end, (walk + 1) * slabs);
-      Args args = directions[walk / blocks];
-      const Range rows{bounds[walk % blocks], bounds[walk % blocks + 1]};
-      args.row_begin = rows.begin;
-      args.row_end = rows.end;
+      const int64_t block = walk % blocks;
+      Args args = make(walk / blocks, block);
+      args.row_begin = bounds[block];
+      args.row_end = bounds[block + 1];
       if (last - place < slabs)
         args.team = {&done[walk * slabs], slabs, place % slabs, last - walk * slabs, give_way};
       kernel(args);
-      if (slabs == 1) after(walk / blocks, walk % blocks, rows);
+      if (slabs == 1) after(walk / blocks, block, Range{bounds[block], bounds[block + 1]});
       place = last;
     }
   };
   share(walks * slabs, 1, run, plan.threads > 1);
 }
 
+/// The same, with one set of arguments for each direction.
 template <typename Args>
 void run_walks(const Layout& layout, const Plan& plan, const std::vector<Args>& directions,
                void (*kernel)(const Args&)) {
-  run_walks(layout, plan, directions, kernel, [](int64_t, int64_t, Range) {});
+  const Steps& steps = directions[0].steps;
+  run_walks(
+      layout, plan, static_cast<int64_t>(directions.size()), {steps.begin, steps.end}, kernel,
+      [&](int64_t d, int64_t) { return directions[d]; }, [](int64_t, int64_t, Range) {});
 }
 
 }  // namespace fastrnn::cpu

@@ -102,11 +102,12 @@ void multiply_steps(const Layout& layout, Range steps, Range rows, const Sequenc
   const int64_t count = steps.end - steps.begin, height = rows.end - rows.begin;
   a.rows = layout.position(steps.end) - layout.position(steps.begin);
   const auto is_matrix = [&](const auto& s) {
-    return s.first_row || count == 1 || s.step_stride == layout.B * s.row_stride;
+    return s.first_row ? height == layout.B : count == 1 || s.step_stride == height * s.row_stride;
   };
-  if (height == layout.B && is_matrix(x) && is_matrix(out)) {
-    a.x = {x.row(steps.begin, 0), x.row_stride};
-    a.out = {out.row(steps.begin, 0), out.row_stride};
+  if (is_matrix(x) && is_matrix(out)) {
+    if (!layout.packed()) a.rows = count * height;
+    a.x = {x.row(steps.begin, rows.begin), x.row_stride};
+    a.out = {out.row(steps.begin, rows.begin), out.row_stride};
     return multiply_rows(a, parallel);
   }
   const bool by_steps = layout.packed() || count < height;

@@ -57,26 +57,31 @@ void weight_gradients(const WeightGradientArgs<T>& a) {
   OuterProduct<T> of_input = product_of_part(a, a.grad_w_ih, a.I);
   OuterProduct<T> of_state = product_of_part(a, a.grad_w_hh, a.H);
   const Columns columns = columns_of_part<T>(a.H, a.part, a.parts);
-  const auto add = [&](int64_t count, int64_t t, int64_t row, Matrix<const T> previous) {
-    const Matrix<const T> delta = rows_of(a.delta, t, row);
-    if (a.grad_b != nullptr) sum_rows<T>(count, delta, columns, a.grad_b, a.grad_b + a.H);
-    if (a.grad_w_ih != nullptr) of_input.add(count, delta, rows_of(a.x, t, row));
-    if (previous.data == nullptr) previous = from_row(a.hx, row);
-    if (a.grad_w_hh != nullptr && previous.data != nullptr) of_state.add(count, delta, previous);
-  };
   const Steps& steps = a.steps;
+  const int64_t rows = a.row_end - a.row_begin, count = steps.end - steps.begin;
+  const auto is_matrix = [&](const Sequence<const T>& s) {
+    return s.data == nullptr || (!s.first_row && s.step_stride == rows * s.row_stride);
+  };
+  const bool sums_once = is_matrix(a.delta);
+  if (a.grad_b != nullptr && sums_once)
+    sum_rows<T>(count * rows, rows_of(a.delta, steps.begin, a.row_begin), columns, a.grad_b,
+                a.grad_b + a.H);
+  const auto add = [&](int64_t number, int64_t t, int64_t row, Matrix<const T> previous) {
+    const Matrix<const T> delta = rows_of(a.delta, t, row);
+    if (a.grad_b != nullptr && !sums_once)
+      sum_rows<T>(number, delta, columns, a.grad_b, a.grad_b + a.H);
+    if (a.grad_w_ih != nullptr) of_input.add(number, delta, rows_of(a.x, t, row));
+    if (previous.data == nullptr) previous = from_row(a.hx, row);
+    if (a.grad_w_hh != nullptr && previous.data != nullptr) of_state.add(number, delta, previous);
+  };
   const int64_t first = steps.descending ? steps.end - 1 : steps.begin;
   const int64_t before = steps.descending ? 1 : -1;  // from a step to the one before it
-  const auto is_matrix = [&](const Sequence<const T>& s) {
-    return s.data == nullptr || (!s.first_row && s.step_stride == steps.batch * s.row_stride);
-  };
-  if (a.row_begin == 0 && a.row_end == steps.batch && is_matrix(a.x) && is_matrix(a.y) &&
-      is_matrix(a.delta)) {
+  if (sums_once && is_matrix(a.x) && is_matrix(a.y)) {
     const bool starts = steps.carry_rows == 0;  // the first step has no previous output
-    if (starts) add(steps.batch, first, 0, {});
+    if (starts) add(rows, first, a.row_begin, {});
     const int64_t t = starts && !steps.descending ? steps.begin + 1 : steps.begin;
-    const int64_t rows = (steps.end - steps.begin - starts) * steps.batch;
-    if (rows > 0) add(rows, t, 0, rows_of(a.y, t + before, 0));
+    if (count > starts)
+      add((count - starts) * rows, t, a.row_begin, rows_of(a.y, t + before, a.row_begin));
   } else {
     const Matrix<const T> carry =
         steps.carry_rows == 0 ? Matrix<const T>{} : rows_of(a.y, first + before, 0);
