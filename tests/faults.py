@@ -38,8 +38,11 @@ FAULTS = [
     Fault("csrc/cpu/kernels/team.inl", "missing barrier",
           "for (int64_t slab = 0; slab < team_.size; ++slab) await(slab);", ""),
     Fault("csrc/cpu/walks.h", "rows of the next block",
-          "const Range rows{bounds[walk % blocks], bounds[walk % blocks + 1]};",
-          "const Range rows{bounds[walk % blocks], bounds[walk % blocks + 1] - 1};"),
+          "args.row_end = bounds[block + 1];",
+          "args.row_end = bounds[block + 1] - 1;"),
+    Fault("csrc/cpu/delta_walk.h", "another block's memory",
+          "s.step_stride = (bounds[block + 1] - first) * s.row_stride;",
+          "s.step_stride = bounds[block + 1] * s.row_stride;"),
     # The CPU's kernels
     Fault("csrc/cpu/kernels/recurrence.inl", "hx of another row",
           "s.s = previous.data ? previous : from_row(a.hx, first);",
