@@ -47,7 +47,10 @@ def rest_is_full(values, always, name=name_of):
     ]
 
 
-def crossed(*columns):
-    """Parameters of a test: all rows of one value from each column, few of them always."""
-    rows = list(itertools.product(*columns))
-    return rest_is_full(rows, pairwise(rows))
+def crossed(*columns, rest=()):
+    """Parameters of a test: all rows of one value from each column, few of them always.
+
+    Rows with a value of `rest` in the last column are all `full`.
+    """
+    rows = itertools.product(*columns[:-1], [*columns[-1], *rest])
+    return rest_is_full(rows, pairwise(itertools.product(*columns)))

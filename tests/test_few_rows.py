@@ -37,7 +37,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize(
-    "case, dtype, count", crossed([*INPUT, *STEP, MORE, LONG], DTYPES, [2, 1, 3])
+    "case, dtype, count", crossed([*INPUT, *STEP, MORE, LONG], DTYPES, [2, 1], rest=[3])
 )
 def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     with threads(count):
