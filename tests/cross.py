@@ -54,3 +54,10 @@ def crossed(*columns, rest=()):
     """
     rows = itertools.product(*columns[:-1], [*columns[-1], *rest])
     return rest_is_full(rows, pairwise(itertools.product(*columns)))
+
+
+def in_turn(rows, values):
+    """Parameters of a test: each row with each value; always with one of them, in turn."""
+    rows, values = list(rows), list(values)
+    always = [(row, values[i % len(values)]) for i, row in enumerate(rows)]
+    return rest_is_full(itertools.product(rows, values), always)

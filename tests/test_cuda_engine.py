@@ -11,6 +11,7 @@ import cuda_host
 import pytest
 import torch
 from accuracy import ExactProducts, assert_as_accurate_as_nn_rnn
+from cross import in_turn
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
@@ -101,15 +102,13 @@ def run_and_compare(case, dtype):
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
 
-@every_dtype
-@pytest.mark.parametrize("case", cases()[::2], ids=str)
+@pytest.mark.parametrize("case, dtype", in_turn(cases()[::2], DTYPES))
 def test_results_and_gradients_are_as_accurate_as_nn_rnns(engine, case, dtype):
     run_and_compare(case, dtype)
 
 
 # Not in float32, where all that could differ are the products of this machine's BLAS.
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", cases()[1::4], ids=str)
+@pytest.mark.parametrize("case, dtype", in_turn(cases()[1::4], [torch.float64, torch.bfloat16]))
 def test_so_are_they_without_the_kernels_that_walk_through_all_steps(
     engine, monkeypatch, case, dtype
 ):
