@@ -30,11 +30,6 @@ LONG = [  # a single step has no product with W_hh
 ]
 
 
-def uses_aten(case):
-    """Whether PyTorch makes the product of each step: not the kernels for any processor."""
-    return _C.cpu_capability() == "default" and not case.lengths
-
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -45,13 +40,12 @@ def test_results_and_gradients_of_few_rows_are_right(case, dtype, count):
     with threads(count):
         plan = layer_plans(case, dtype)[0]
         if dtype.itemsize > 2:  # else it depends on the processor's instructions
-            assert (plan["input"] == "as_is") == (
-                case in [*INPUT, STEP[0], STEP[1], STEP[3], *LONG]
-            )
+            as_is = [*INPUT, STEP[0], STEP[1], STEP[3], LONG[0]]
+            assert (plan["input"] == "as_is") == (case in as_is)
             if case in STEP:
-                assert plan["state"] == plan["delta"] == ("aten" if uses_aten(case) else "as_is")
-            if case == MORE:
-                assert plan["state"] == ("aten" if uses_aten(case) else "panels")
+                assert plan["state"] == plan["delta"] == "as_is"
+            if case == MORE:  # PyTorch's product in each step: not the kernels for any processor
+                assert plan["state"] == ("aten" if _C.cpu_capability() == "default" else "panels")
         ours = testing.run(case.module(fastrnn.RNN, dtype), case, dtype)
     assert_as_accurate_as_nn_rnn(ours, case, dtype)
 
@@ -99,8 +93,7 @@ def test_the_bits_of_backward_do_not_depend_on_where_threads_cut_the_columns(T, 
     for count in (1, 2, 5):
         with threads(count):
             plan = layer_plans(case, torch.float32)[0]
-            if not uses_aten(case):
-                assert plan["column_blocks"] == count and plan["delta"] == "as_is"
+            assert plan["column_blocks"] == count and plan["delta"] == "as_is"
             results.append(testing.run(module, case, torch.float32)["grad_bias_ih_l0"])
     assert all(torch.equal(results[0], result) for result in results)
 

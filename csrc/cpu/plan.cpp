@@ -51,8 +51,8 @@ bool is_few_rows(const LayerShape& s) {
 }
 
 void plan_products(const LayerShape& s, Plan& plan) {
-  const bool step_by_aten =
-      s.aten_is_faster && !s.converts && !s.packed && s.B > 2 && s.H >= kHiddenForAten;
+  const bool step_by_aten = s.aten_is_faster && !s.converts && !s.packed && s.B > 2 &&
+                            s.H >= kHiddenForAten && !is_few_rows(s);
   const bool packs = s.converts || (s.total_rows > kRowsToPack && !is_few_rows(s) &&
                                     !(s.B <= 2 && s.H >= kHugeHidden));
   plan.state = step_by_aten ? Maker::kAten : packs ? Maker::kPanels : Maker::kAsIs;
